@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     KERNELS_DECIDE,
     SCALE_DTYPES,
@@ -69,19 +68,17 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
 
 
 def _check_settings(layer: Layer) -> None:
-    settings = layer.settings
-    bits = texts_of(settings, ("bits", "w_bit")) - {"4"}
+    bits = texts_of(layer.settings, ("bits", "w_bit")) - {"4"}
     if bits:
-        reason = f"{printable(min(bits))} bits are not supported, only 4."
-        raise layer.error(rules.NOT_DEQUANTIZABLE, "qweight", reason)
-    versions = texts_of(settings, ("version", "format", "checkpoint_format")) - {"gemm"}
-    if versions:
-        reason = f'the version "{printable(min(versions))}" is not supported, only gemm: the '
-        raise layer.error(
-            rules.NOT_DEQUANTIZABLE, "qweight", reason + "others pack in another order."
+        raise layer.unsupported(
+            "qweight", f"{printable(min(bits))} bits are not supported, only 4."
         )
+    versions = texts_of(layer.settings, ("version", "format", "checkpoint_format")) - {"gemm"}
+    if versions:
+        reason = f'the version "{printable(min(versions))}" is not supported, only gemm'
+        raise layer.unsupported("qweight", f"{reason}: the others pack in another order.")
     if "g_idx" in layer.tensors:
-        raise layer.error(rules.PART_MALFORMED, "g_idx", "AWQ has no such part: this may be GPTQ.")
+        raise layer.malformed("g_idx", "AWQ has no such part: this may be GPTQ.")
 
 
 FORMAT = Format(

@@ -13,27 +13,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     Array,
     Check,
     Decode,
     Format,
     Layer,
-    LayerError,
     PackedWeight,
     PartReader,
     finite,
-    sizes,
+    size_pair,
 )
 from vera_convert.base.quantized.packing import (
+    DTYPE_OF,
     FLOAT_OF,
-    Lookup,
+    looked_up_rows,
     pair_table,
     scaled_rows,
 )
@@ -64,7 +62,6 @@ TABLES = {
     ),
 }
 _PAIRS = {kind: pair_table(table, high_first=True) for kind, table in TABLES.items()}
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _STORAGE = ("U8", "I8", "BF16", "F16", "F32")
 _NESTED_BLOCK = 256
 _BLOCK_SIZES = frozenset(1 << n for n in range(5, 13))
@@ -89,45 +86,6 @@ class State:
     offset: float | None = None
 
 
-def dequantized(packed: NDArray[np.uint8], absmax: NDArray[Any], state: State, count: int) -> Array:
-    """Return values from the beginning of a block on, as `cast` returns the dtype of the state.
-
-    Args:
-        packed: (n,) bytes, two codes each.
-        absmax: the largest value of each block of the codes.
-        state: the table, the length of a block, and the dtype.
-        count: how many values; the last block can be short.
-    """
-    blocks, lookup = -(-count // state.block), Lookup(_PAIRS[state.kind])
-    codes = np.resize(packed, (blocks, state.block // 2))  # a short last block gets codes to drop
-    values = scaled_rows(
-        lambda part: lookup(codes[part]),
-        (blocks, state.block),
-        absmax[:, None],
-        width=state.block,
-        dtypes=(FLOAT_OF[state.dtype],),
-    )
-    return values.reshape(-1)[:count]
-
-
-def nested_absmax(
-    codes: NDArray[np.uint8], table: Array, scales: Array, offset: float, first: int
-) -> NDArray[np.float32]:
-    """Return absmax from 8-bit codes, from block number `first` on.
-
-    Args:
-        codes: (n,).
-        table: the float32 value of each of the 256 codes.
-        scales: the factor of every 256 codes, from the factor of code `first` on.
-        offset: the summand of each product.
-        first: the number of the first code.
-    """
-    start = first // _NESTED_BLOCK * _NESTED_BLOCK
-    factors = scales[(first + np.arange(len(codes)) - start) // _NESTED_BLOCK]
-    product = np.asarray(table[codes] * factors, np.float32)
-    return product + np.float32(offset)
-
-
 def _decoder(state: State, weight: str, absmax: str, nested: Sequence[str]) -> Decode:
     """Return the decoder of a weight: a function from row numbers to rows.
 
@@ -140,18 +98,28 @@ def _decoder(state: State, weight: str, absmax: str, nested: Sequence[str]) -> D
     (rows, columns), block = state.shape, state.block
 
     def decode(read: PartReader, first: int, last: int) -> Array:
-        start, end = first * columns, last * columns
-        begin, stop = start // block, -(-end // block)
-        count = min(stop * block, rows * columns) - begin * block
-        packed = read.raw(weight, begin * block // 2, (begin * block + count + 1) // 2)
-        largest = read.flat(absmax, begin, stop)
-        if nested:
-            table, scales = nested
-            few = read.flat(scales, begin // _NESTED_BLOCK, -(-stop // _NESTED_BLOCK))
-            codes_of_absmax = read.flat(table, 0, 256)
-            largest = nested_absmax(largest, codes_of_absmax, few, state.offset or 0.0, begin)
-        values = dequantized(packed, largest, state, count)
-        return values[start - begin * block : end - begin * block].reshape(last - first, columns)
+        begin, stop = first * columns // block, -(-last * columns // block)
+        end = min(stop * block, rows * columns)
+        packed = read.raw(weight, begin * block // 2, (end + 1) // 2)
+        # A short last block gets codes to drop.
+        codes = looked_up_rows(_PAIRS[state.kind], np.resize(packed, (stop - begin, block // 2)))
+        largest = _largest(read, begin, stop)[:, None]
+        dtypes, size = (FLOAT_OF[state.dtype],), (stop - begin, block)
+        values = scaled_rows(codes, size, largest, width=block, dtypes=dtypes).reshape(-1)
+        skipped = first * columns - begin * block
+        return values[skipped:][: (last - first) * columns].reshape(last - first, columns)
+
+    def _largest(read: PartReader, begin: int, stop: int) -> Array:
+        """Return the largest value of each block, from block `begin` to `stop` (exclusive)."""
+        stored = read.flat(absmax, begin, stop)
+        if not nested:
+            return stored
+        table, scales = nested
+        start = begin // _NESTED_BLOCK
+        factors = read.flat(scales, start, -(-stop // _NESTED_BLOCK))
+        of_blocks = factors[np.arange(begin, stop) // _NESTED_BLOCK - start]
+        product = read.flat(table, 0, 256)[stored] * of_blocks
+        return np.asarray(product + np.float32(state.offset or 0.0))
 
     return decode
 
@@ -164,7 +132,7 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     """
     rest = next((each for each in layer.tensors if each.startswith(STATE)), None)
     if rest is None:
-        raise layer.error(rules.PART_MISSING, f"{STATE}nf4", "it says how the weight is packed.")
+        raise layer.missing(f"{STATE}nf4", "it says how the weight is packed.")
     state = _state(layer, rest)
     count = state.shape[0] * state.shape[1]
     _check_codes(layer, count)
@@ -195,12 +163,12 @@ def _check_codes(layer: Layer, count: int) -> None:
     """
     weight = layer.tensors.get("weight")
     if weight is None:
-        raise layer.error(rules.PART_MISSING, "weight", f"{count:,} values of 4 bits are needed.")
+        raise layer.missing("weight", f"{count:,} values of 4 bits are needed.")
     is_column = weight.shape[1:] == (1,) and weight.dtype in _STORAGE
     if not is_column or weight.nbytes != (count + 1) // 2:
         reason = f"its values are {[*weight.shape]} of {weight.dtype}"
         reason += f"; {count:,} values of 4 bits are needed."
-        raise layer.error(rules.PART_MALFORMED, "weight", reason)
+        raise layer.malformed("weight", reason)
 
 
 def _table(values: Array, kind: str) -> str | None:
@@ -214,10 +182,7 @@ def _state(layer: Layer, rest: str) -> State:
     Raises:
         LayerError: the state is cut, no JSON, or says something unknown.
     """
-
-    def wrong(reason: str) -> LayerError:
-        return layer.error(rules.PART_MALFORMED, rest, reason)
-
+    wrong = partial(layer.malformed, rest)
     text = layer.values.get(rest)
     if text is None or layer.tensors[rest].dtype != "U8" or len(layer.tensors[rest].shape) != 1:
         raise wrong("it is no U8 vector of up to 4,096 bytes.")
@@ -231,7 +196,7 @@ def _state(layer: Layer, rest: str) -> State:
     kind, dtype = str(kind), str(dtype).removeprefix("torch.")
     if kind not in TABLES or rest != f"{STATE}{kind}":
         raise wrong("its quant_type must be nf4 or fp4, as its name says.")
-    if type(block) is not int or block not in _BLOCK_SIZES or dtype not in _DTYPES:
+    if type(block) is not int or block not in _BLOCK_SIZES or dtype not in DTYPE_OF:
         reason = "a blocksize (a power of two from 32 to 4,096) and a dtype (bfloat16, float16 "
         raise wrong(f"{reason}or float32) are needed.")
     is_nested, offset = any(key.startswith("nested_") for key in document), None
@@ -239,10 +204,10 @@ def _state(layer: Layer, rest: str) -> State:
         offset = _nested_offset(document)
         if offset is None:
             raise wrong("nested_offset, nested_blocksize 256 and nested_dtype float32 are needed.")
-    shape = sizes(document.get("shape"), 2)
+    shape = size_pair(document.get("shape"))
     if shape is None:
         raise wrong("its shape is no pair of sizes.")
-    return State(kind, block, _DTYPES[dtype], (shape[0], shape[1]), offset)
+    return State(kind, block, DTYPE_OF[dtype], shape, offset)
 
 
 def _nested_offset(document: Mapping[str, object]) -> float | None:
@@ -260,7 +225,7 @@ def _cast(settings: Mapping[str, object], _dtype: str) -> str:
         return "quantized, and the config does not say in which dtype they compute"
     found = settings.get("bnb_4bit_compute_dtype")
     name = "float32" if found is None else printable(str(found)).removeprefix("torch.")
-    return _DTYPES.get(name, name)
+    return DTYPE_OF.get(name, name)
 
 
 FORMAT = Format(

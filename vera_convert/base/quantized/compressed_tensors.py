@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     KEPT_IF_DEQUANTIZED,
     SCALE_DTYPES,
@@ -27,16 +26,18 @@ from vera_convert.base.quantized.layer import (
     cast_to_model,
     finite,
     finite_and_not_zero,
-    sizes,
+    size_pair,
     whole,
 )
 from vera_convert.base.quantized.packing import (
     BFLOAT16,
     E2M1,
     FLOAT_OF,
-    Lookup,
+    Rows,
     integers,
+    looked_up_rows,
     pair_table,
+    rows_of,
     scaled_rows,
     stream,
     widened,
@@ -62,8 +63,6 @@ _DROPPED = frozenset(
 )
 """Scales of the values between layers: a dequantized model leaves these scales out."""
 _MOST_GROUPS = 64
-_Rows = Callable[[slice], NDArray[np.float32]]
-"""Returns some of the rows that were read, before the multiplication by the scales."""
 _UNORDERED = (None, False, "weight", "static")
 """Values of ``actorder`` under which each group consists of neighboring inputs."""
 
@@ -105,14 +104,14 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
         setting = layer.settings.get(field_name)
         is_dense = field_name == "sparsity_config" and setting == {"format": "dense"}
         if setting not in (None, {}) and not is_dense:
-            raise layer.error(rules.NOT_DEQUANTIZABLE, main, f"a {field_name} is not supported.")
+            raise layer.unsupported(main, f"a {field_name} is not supported.")
     groups = layer.settings.get("config_groups")
     named = [*groups.values()] if isinstance(groups, Mapping) else []
     reason = "" if named else "the config names no groups of layers."
     if len(named) > _MOST_GROUPS:
         reason = f"the config has {len(named):,} config_groups; up to {_MOST_GROUPS} are read."
     if reason:
-        raise layer.error(rules.NOT_DEQUANTIZABLE, main, reason)
+        raise layer.unsupported(main, reason)
     found: dict[Scheme, PackedWeight] = {}
     errors: list[LayerError] = []
     for group in named:
@@ -124,8 +123,7 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     if not found:
         raise errors[0]
     if len(found) > 1:
-        reason = "several groups of the config fit the layer."
-        raise layer.error(rules.NOT_DEQUANTIZABLE, main, reason)
+        raise layer.unsupported(main, "several groups of the config fit the layer.")
     yield from found.values()
 
 
@@ -135,10 +133,10 @@ def _packed(layer: Layer, scheme: Scheme) -> PackedWeight:
     columns, bits = _columns(layer, rows), scheme.bits
     if words != -(-columns * bits // 32):
         reason = f"{words:,} words of a row do not hold {columns:,} values of {bits} bits."
-        raise layer.error(rules.PART_MALFORMED, "weight_packed", reason)
+        raise layer.malformed("weight_packed", reason)
     main = layer.name("weight_packed")
 
-    def codes(read: PartReader, first: int, last: int) -> _Rows:
+    def codes(read: PartReader, first: int, last: int) -> Rows:
         return integers(read.rows(main, first, last), bits, columns, -(1 << (bits - 1)))
 
     return _on_grid(layer, scheme, (rows, columns), codes, ("weight_packed", SHAPE))
@@ -147,14 +145,11 @@ def _packed(layer: Layer, scheme: Scheme) -> PackedWeight:
 def _one_byte(layer: Layer, scheme: Scheme) -> PackedWeight:
     rows, columns = layer.main("weight", ("F8_E4M3",) if scheme.is_float else ("I8",))
     if scheme.is_float and not scheme.symmetric:
-        raise layer.error(
-            rules.NOT_DEQUANTIZABLE, "weight", "zero points of fp8 are not supported."
-        )
+        raise layer.unsupported("weight", "zero points of fp8 are not supported.")
     main = layer.name("weight")
 
-    def values(read: PartReader, first: int, last: int) -> _Rows:
-        stored = read.rows(main, first, last)
-        return lambda part: widened(stored[part])
+    def values(read: PartReader, first: int, last: int) -> Rows:
+        return rows_of(read.rows(main, first, last))
 
     return _on_grid(layer, scheme, (rows, columns), values, ("weight",))
 
@@ -163,7 +158,7 @@ def _on_grid(
     layer: Layer,
     scheme: Scheme,
     shape: tuple[int, int],
-    values: Callable[[PartReader, int, int], _Rows],
+    values: Callable[[PartReader, int, int], Rows],
     known: tuple[str, ...],
 ) -> PackedWeight:
     """Return a weight of integers or fp8, with a scale for each block of a grid.
@@ -221,30 +216,23 @@ def _nvfp4(layer: Layer, scheme: Scheme) -> PackedWeight:
     rows, half = layer.main("weight_packed", ("U8",))
     if half % 8 or (scheme.group or 16) != 16:
         reason = f"{half * 2:,} inputs are no multiple of a group of 16."
-        raise layer.error(rules.NOT_DEQUANTIZABLE, "weight_packed", reason)
+        raise layer.unsupported("weight_packed", reason)
     scale = layer.part("weight_scale", ("F8_E4M3",), (rows, half // 8))
     overall = layer.part("weight_global_scale", ("F32",), (1,))
     main = layer.name("weight_packed")
 
     def decode(read: PartReader, first: int, last: int) -> Array:
         factors = widened(read.rows(scale, first, last)) / read.flat(overall, 0, 1)
-        packed, lookup = read.rows(main, first, last), Lookup(_PAIRS)
-        return scaled_rows(
-            lambda part: lookup(packed[part]),
-            (last - first, half * 2),
-            factors,
-            width=16,
-            dtypes=(BFLOAT16, FLOAT_OF[layer.dtype]),
-        )
+        packed, dtypes = read.rows(main, first, last), (BFLOAT16, FLOAT_OF[layer.dtype])
+        values, size = looked_up_rows(_PAIRS, packed), (last - first, half * 2)
+        return scaled_rows(values, size, factors, width=16, dtypes=dtypes)
 
-    return PackedWeight(
-        layer.name("weight"),
-        (rows, half * 2),
-        main,
-        layer.refuse_others(("weight_packed", "weight_scale", "weight_global_scale"), _DROPPED),
-        decode,
+    known = ("weight_packed", "weight_scale", "weight_global_scale")
+    parts, checks = (
+        layer.refuse_others(known, _DROPPED),
         {scale: finite, overall: finite_and_not_zero},
     )
+    return PackedWeight(layer.name("weight"), (rows, half * 2), main, parts, decode, checks)
 
 
 _READERS = {_PACKED: _packed, _ONE_BYTE: _one_byte, _NVFP4: _nvfp4}
@@ -256,17 +244,14 @@ def _columns(layer: Layer, rows: int) -> int:
     sizes = np.frombuffer(text, "<i8" if info.dtype == "I64" else "<i4").tolist()
     if len(sizes) != 2 or sizes[0] != rows or not 0 < sizes[1] < 1 << 40:
         reason = f"it says {sizes}; weight_packed has {rows:,} rows."
-        raise layer.error(rules.PART_MALFORMED, SHAPE, reason)
+        raise layer.malformed(SHAPE, reason)
     return int(sizes[1])
 
 
 def _scale(layer: Layer, grid: tuple[int, int]) -> str:
-    shapes: list[tuple[int, ...]] = [grid]
-    if grid == (1, 1):
-        shapes = [(1,), (1, 1)]
     info = layer.tensors.get("weight_scale")
-    fitting = [shape for shape in shapes if info is not None and info.shape == shape]
-    return layer.part("weight_scale", SCALE_DTYPES, (fitting or shapes)[0])
+    is_single = grid == (1, 1) and (info is None or info.shape != grid)
+    return layer.part("weight_scale", SCALE_DTYPES, (1,) if is_single else grid)
 
 
 def _grid(
@@ -285,7 +270,7 @@ def _grid(
             height, width = scheme.block
             return (-(-rows // height), -(-columns // width)), scheme.block
     reason = f'the strategy "{printable(scheme.strategy)}" does not fit {columns:,} inputs.'
-    raise layer.error(rules.NOT_DEQUANTIZABLE, main, reason)
+    raise layer.unsupported(main, reason)
 
 
 # --- the config ----------------------------------------------------------------------------------
@@ -297,10 +282,7 @@ def _scheme(layer: Layer, main: str, group: object) -> Scheme:
     Raises:
         LayerError: the scheme is not supported.
     """
-
-    def wrong(reason: str) -> LayerError:
-        return layer.error(rules.NOT_DEQUANTIZABLE, main, reason)
-
+    wrong = partial(layer.unsupported, main)
     weight = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(group, Mapping) or not isinstance(weight, Mapping):
         raise wrong("a group of the config says nothing of weights.")
@@ -321,9 +303,10 @@ def _scheme(layer: Layer, main: str, group: object) -> Scheme:
     }[layout]
     if not fits or bits is None or not isinstance(strategy, str):
         raise wrong("the config's settings of the weights are not supported.")
-    found = sizes(weight.get("block_structure"), 2)
-    block = None if found is None else (found[0], found[1])
-    symmetric = weight.get("symmetric", True) is True
+    block, symmetric = (
+        size_pair(weight.get("block_structure")),
+        weight.get("symmetric", True) is True,
+    )
     return Scheme(layout, bits, strategy, size, block, symmetric, kind == "float")
 
 

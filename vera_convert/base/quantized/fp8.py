@@ -8,12 +8,11 @@ last blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     KEPT_IF_DEQUANTIZED,
     SCALE_DTYPES,
@@ -23,9 +22,9 @@ from vera_convert.base.quantized.layer import (
     PackedWeight,
     PartReader,
     finite,
-    sizes,
+    size_pair,
 )
-from vera_convert.base.quantized.packing import FLOAT32, scaled
+from vera_convert.base.quantized.packing import FLOAT32, rows_of, scaled_rows
 
 DTYPES = ("F8_E4M3", "F8_E5M2")
 SCALES = ("weight_scale_inv", "weight_scale")
@@ -51,7 +50,7 @@ def dequantized(
         block: rows and columns of a block; the last block of a row may be narrower.
     """
     of_rows = factors[(first + np.arange(len(stored))) // block[0]]
-    return scaled(stored, of_rows, width=block[1], dtypes=(FLOAT32,))
+    return scaled_rows(rows_of(stored), stored.shape, of_rows, width=block[1], dtypes=(FLOAT32,))
 
 
 def weights(layer: Layer) -> Iterator[PackedWeight]:
@@ -62,26 +61,26 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     """
     found = layer.tensors.get("weight")
     if found is not None and found.dtype not in DTYPES:
-        raise layer.error(rules.NOT_DEQUANTIZABLE, "weight", f"its dtype is {found.dtype}.")
+        raise layer.unsupported("weight", f"its dtype is {found.dtype}.")
     shape = layer.main("weight", DTYPES)
     rests = [rest for rest in SCALES if rest in layer.tensors]
     if not rests:
         reason = f"the weight is {layer.tensors['weight'].dtype}, and has no scale."
-        raise layer.error(rules.PART_MISSING, "weight", reason)
+        raise layer.missing("weight", reason)
     if len(rests) > 1:
-        raise layer.error(rules.PART_MALFORMED, rests[1], f"{rests[0]} lies there as well.")
+        raise layer.malformed(rests[1], f"{rests[0]} lies there as well.")
     scale = layer.tensors[rests[0]]
-    size = _block_size(layer.settings)
+    size = size_pair(layer.settings.get("weight_block_size"))
     block = _block(shape, scale.shape, size)
     if block is None or scale.dtype not in SCALE_DTYPES:
         reason = f"the weight's shape is {[*shape]}, its scale's {[*scale.shape]} of {scale.dtype}."
         reason += f" The config's blocks are {size[0]:,} by {size[1]:,}." if size else ""
-        raise layer.error(rules.PART_MALFORMED, rests[0], reason)
+        raise layer.malformed(rests[0], reason)
     if (rests[0], scale.dtype) in _AMBIGUOUS and not layer.settings.get("quant_method"):
         reason = (
-            f"the config names no quant_method, and each rounds the product with a {scale.dtype} "
+            f"the config names no quant_method, and each rounds the product with a {scale.dtype}"
         )
-        raise layer.error(rules.NOT_DEQUANTIZABLE, rests[0], reason + "scale in another way.")
+        raise layer.unsupported(rests[0], f"{reason} scale in another way.")
     weight, name = layer.name("weight"), layer.name(rests[0])
     across = -(-shape[1] // block[1])
 
@@ -113,11 +112,6 @@ def _block(
 
 def _blocks(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // size[0]), -(-shape[1] // size[1])
-
-
-def _block_size(settings: Mapping[str, object]) -> tuple[int, int] | None:
-    found = sizes(settings.get("weight_block_size"), 2)
-    return None if found is None else (found[0], found[1])
 
 
 FORMAT = Format(

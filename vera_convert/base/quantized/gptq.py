@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     KERNELS_DECIDE,
     Array,
@@ -22,7 +21,6 @@ from vera_convert.base.quantized.layer import (
     Layer,
     PackedWeight,
     PartReader,
-    filled,
     finite,
     group_count,
     texts_of,
@@ -37,7 +35,7 @@ _VERSIONS = {"gptq": True, "gptq_v2": False}
 """Whether a version of the files stores zeros less 1."""
 _VERSION_FIELDS = ("checkpoint_format", "format")
 """The old and the new name of the version field; libraries differ in the name read first."""
-_UNSAFE = frozenset(("rotation", "adapter", "eora"))
+_UNSAFE = ("rotation", "adapter", "eora")
 
 
 def weights(layer: Layer) -> Iterator[PackedWeight]:
@@ -51,9 +49,9 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     inputs = words * 32 // bits
     if words * 32 % bits or outputs * bits % 32:
         reason = f"{words:,} words or {outputs:,} outputs of {bits} bits fill no words of 32."
-        raise layer.error(rules.PART_MALFORMED, "qweight", reason)
+        raise layer.malformed("qweight", reason)
     groups = group_count(layer, inputs)
-    qweight = layer.part("qweight", ("I32",), (words, outputs))
+    qweight = layer.name("qweight")
     qzeros = layer.part("qzeros", ("I32",), (groups, outputs * bits // 32))
     scales = layer.part("scales", ("F16",), (groups, outputs))
     checks: dict[str, Check] = {scales: finite}
@@ -75,15 +73,11 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
                 zeros, factors = (
                     np.take(each, of_inputs, axis=1, mode="clip") for each in (zeros, factors)
                 )
-        packed = np.ascontiguousarray(read.columns(qweight, first, last).T)
-        return scaled_rows(
-            integers(packed, bits, inputs),
+        q, shape = (
+            integers(read.columns(qweight, first, last).T, bits, inputs),
             (last - first, inputs),
-            factors,
-            zeros,
-            width=width,
-            dtypes=(FLOAT16,),
         )
+        return scaled_rows(q, shape, factors, zeros, width=width, dtypes=(FLOAT16,))
 
     parts = layer.refuse_others(("qweight", "qzeros", "scales", "g_idx"))
     yield PackedWeight(layer.name("weight"), (outputs, inputs), qweight, parts, rows, checks)
@@ -118,10 +112,12 @@ def _settings(layer: Layer) -> tuple[int, bool]:
     elif settings.get("pack_dtype") not in (None, "int32"):
         reason = "only the pack_dtype int32 is supported."
     meta = settings.get("meta")
-    if isinstance(meta, Mapping) and not _UNSAFE.isdisjoint(filled(meta)):
+    if isinstance(meta, Mapping) and any(
+        meta.get(name) not in (None, False, {}, [], "") for name in _UNSAFE
+    ):
         reason = "the config's meta has a rotation or an adapter, which changes the weights."
     if reason or bits is None:
-        raise layer.error(rules.NOT_DEQUANTIZABLE, "qweight", reason)
+        raise layer.unsupported("qweight", reason)
     return bits, _VERSIONS[versions.pop()]
 
 

@@ -126,8 +126,19 @@ class Layer:
         """Return the whole name of a tensor of the layer."""
         return f"{self.path}.{rest}" if self.path else rest
 
-    def error(self, rule: Rule, rest: str, reason: str) -> LayerError:
-        """Return the error for a defect of a tensor."""
+    def missing(self, rest: str, reason: str) -> LayerError:
+        """Return the error for a tensor that the layer lacks."""
+        return self._error(rules.PART_MISSING, rest, reason)
+
+    def malformed(self, rest: str, reason: str) -> LayerError:
+        """Return the error for a tensor that the quantizer cannot have written."""
+        return self._error(rules.PART_MALFORMED, rest, reason)
+
+    def unsupported(self, rest: str, reason: str) -> LayerError:
+        """Return the error for a tensor or a setting that this package does not dequantize."""
+        return self._error(rules.NOT_DEQUANTIZABLE, rest, reason)
+
+    def _error(self, rule: Rule, rest: str, reason: str) -> LayerError:
         return LayerError(rule.at(printable(self.name(rest)), f"{self.label}: {reason}"))
 
     def part(self, rest: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> str:
@@ -138,13 +149,11 @@ class Layer:
         """
         info = self.tensors.get(rest)
         if info is None:
-            raise self.error(
-                rules.PART_MISSING, rest, f"the layer needs it in the shape {[*shape]}."
-            )
+            raise self.missing(rest, f"the layer needs it in the shape {[*shape]}.")
         if info.dtype not in dtypes or info.shape != shape:
             wanted = f"{[*shape]} of {' or '.join(dtypes)}"
             reason = f"its shape is {[*info.shape]} of {info.dtype}; {wanted} is needed."
-            raise self.error(rules.PART_MALFORMED, rest, reason)
+            raise self.malformed(rest, reason)
         return self.name(rest)
 
     def main(self, rest: str, dtypes: tuple[str, ...], dimensions: int = 2) -> tuple[int, ...]:
@@ -155,11 +164,11 @@ class Layer:
         """
         info = self.tensors.get(rest)
         if info is None:
-            raise self.error(rules.PART_MISSING, rest, "the layer has no such tensor.")
+            raise self.missing(rest, "the layer has no such tensor.")
         if info.dtype not in dtypes or len(info.shape) != dimensions or 0 in info.shape:
             reason = f"its shape is {[*info.shape]} of {info.dtype}; "
             reason += f"{dimensions} dimensions of {' or '.join(dtypes)} are needed."
-            raise self.error(rules.PART_MALFORMED, rest, reason)
+            raise self.malformed(rest, reason)
         return info.shape
 
     def refuse_others(
@@ -179,7 +188,7 @@ class Layer:
             if rest in known or rest in dropped:
                 found.append(self.name(rest))
             elif rest != "bias":
-                raise self.error(rules.NOT_DEQUANTIZABLE, rest, "the format has no such part.")
+                raise self.unsupported(rest, "the format has no such part.")
         return tuple(found)
 
 
@@ -263,12 +272,11 @@ def texts_of(settings: Mapping[str, object], names: Iterable[str]) -> set[str]:
     return {str(value).lower() for value in found if value not in (None, "")}
 
 
-def sizes(value: object, count: int) -> tuple[int, ...] | None:
-    """Return a list of `count` whole numbers from 1 up; None for any other value."""
-    if not isinstance(value, list | tuple) or len(value) != count:
+def size_pair(value: object) -> tuple[int, int] | None:
+    """Return a list of two whole numbers from 1 up as a tuple; None for any other value."""
+    if not isinstance(value, list) or [*map(type, value)] != [int, int] or min(value) < 1:
         return None
-    found = tuple(each for each in value if type(each) is int and each > 0)
-    return found if len(found) == count else None
+    return value[0], value[1]
 
 
 def group_count(layer: Layer, inputs: int) -> int:
@@ -280,22 +288,15 @@ def group_count(layer: Layer, inputs: int) -> int:
     """
     if layer.settings.get("dynamic"):
         reason = "the config's dynamic leaves the layer plain, or holds something unknown."
-        raise layer.error(rules.NOT_DEQUANTIZABLE, "qweight", reason)
+        raise layer.unsupported("qweight", reason)
     size = whole(layer.settings, "group_size")
     if size is None or size < -1 or size == 0:
-        raise layer.error(rules.NOT_DEQUANTIZABLE, "qweight", "the config names no group_size.")
+        raise layer.unsupported("qweight", "the config names no group_size.")
     size = inputs if size == -1 else size
     if inputs % size:
         reason = f"{inputs:,} inputs are no multiple of the group size, {size:,}."
-        raise layer.error(rules.NOT_DEQUANTIZABLE, "qweight", reason)
+        raise layer.unsupported("qweight", reason)
     return inputs // size
-
-
-def filled(values: Mapping[str, object]) -> Iterator[str]:
-    """Yield the names of the settings that are not null, false or empty."""
-    for name, value in values.items():
-        if value not in (None, False, {}, [], ""):
-            yield name
 
 
 # --- checks --------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     Array,
     Decode,
@@ -23,7 +22,7 @@ from vera_convert.base.quantized.layer import (
     PartReader,
     cast_to_model,
 )
-from vera_convert.base.quantized.packing import BFLOAT16, E2M1, Lookup, pair_table
+from vera_convert.base.quantized.packing import BFLOAT16, E2M1, looked_up, pair_table
 
 _PAIRS = pair_table(E2M1, high_first=False)
 _POWERS = np.ldexp(np.float32(1), np.arange(-127, 128)).astype(np.float32)
@@ -37,7 +36,7 @@ def dequantized(blocks: Array, scales: Array) -> Array:
         blocks: (..., groups, bytes), two codes in each byte, the low half first.
         scales: (..., groups), powers of two, plus 127.
     """
-    values = Lookup(_PAIRS)(blocks)
+    values = looked_up(_PAIRS, blocks)
     values *= _POWERS[scales][..., None]  # exact, but for values beyond the range of float32
     return values.astype(BFLOAT16).reshape(*values.shape[:-2], -1)
 
@@ -96,14 +95,13 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     stems = [m[1] for rest in layer.tensors if (m := re.fullmatch("(.+)_(?:blocks|scales)", rest))]
     for rest in layer.tensors:
         if not re.fullmatch(".+_(blocks|scales|bias)", rest):
-            raise layer.error(rules.NOT_DEQUANTIZABLE, rest, "the format has no such part.")
+            raise layer.unsupported(rest, "the format has no such part.")
     for stem in dict.fromkeys(stems):
         if f"{stem}_blocks" not in layer.tensors:
-            raise layer.error(rules.PART_MISSING, f"{stem}_blocks", "its scales are there.")
-        shape = layer.main(f"{stem}_blocks", ("U8",), 4)
-        experts, outputs, groups, _ = shape
+            raise layer.missing(f"{stem}_blocks", "its scales are there.")
+        experts, outputs, groups, _ = layer.main(f"{stem}_blocks", ("U8",), 4)
         blocks = layer.part(f"{stem}_blocks", ("U8",), (experts, outputs, groups, 16))
-        scales = layer.part(f"{stem}_scales", ("U8",), shape[:3])
+        scales = layer.part(f"{stem}_scales", ("U8",), (experts, outputs, groups))
         yield PackedWeight(
             layer.name(stem),
             (experts, groups * 32, outputs),

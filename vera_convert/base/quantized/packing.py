@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert.dtypes import NAMES
 from vera_convert.float16 import round_to_halves
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -16,8 +17,13 @@ FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
 _CACHED_VALUES = 1 << 16
 
+Rows = Callable[[slice], NDArray[np.float32]]
+"""Returns some rows of a matrix, which the caller may overwrite."""
+
 FLOAT_OF = {"BF16": BFLOAT16, "F16": FLOAT16, "F32": FLOAT32}
 """NumPy's dtype by safetensors' name, for the dtypes of dequantized weights."""
+DTYPE_OF = {NAMES[header]: header for header in FLOAT_OF}
+"""Safetensors' name of these dtypes by torch's name."""
 
 E2M1 = np.array(
     [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32
@@ -47,33 +53,22 @@ _INTEGER_PAIRS = {
 """Both values of a byte with two codes of 4 bits, by the value of the code 0."""
 
 
-class Lookup:
-    """Looks up bytes that pack two codes of 4 bits; all calls use the same memory.
+def looked_up(table: NDArray[np.uint64], packed: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the two values of each byte, by a table of `pair_table`.
 
     Args:
-        table: the result of `pair_table`.
+        table: (256,).
+        packed: (..., n).
+
+    Returns:
+        (..., 2 n), contiguous.
     """
+    return np.take(table, packed, mode="clip").view(np.float32)
 
-    def __init__(self, table: NDArray[np.uint64]) -> None:
-        self._table = table
-        self._indices = np.empty(0, np.intp)
-        self._found = np.empty(0, np.uint64)
 
-    def __call__(self, packed: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the two values of each byte, until the next call overwrites the values.
-
-        Args:
-            packed: (..., n).
-
-        Returns:
-            (..., 2 n), contiguous.
-        """
-        if packed.size > self._found.size:
-            self._indices, self._found = np.empty(packed.size, np.intp), np.empty(packed.size, "u8")
-        indices, found = (each[: packed.size] for each in (self._indices, self._found))
-        indices.reshape(packed.shape)[...] = packed
-        np.take(self._table, indices, out=found, mode="clip")
-        return found.reshape(packed.shape).view(np.float32)
+def looked_up_rows(table: NDArray[np.uint64], packed: NDArray[np.uint8]) -> Rows:
+    """Return the function that looks up some rows of packed codes, as `looked_up` does."""
+    return lambda part: looked_up(table, packed[part])
 
 
 def pieces(rows: int, columns: int) -> Iterator[slice]:
@@ -106,22 +101,13 @@ def widened(values: NDArray[Any]) -> NDArray[np.float32]:
     return np.take(table, values.view(np.uint8), mode="clip")
 
 
-def scaled(
-    q: NDArray[Any],
-    scales: NDArray[Any],
-    zeros: NDArray[Any] | None = None,
-    *,
-    width: int,
-    dtypes: Sequence[np.dtype[Any]],
-) -> NDArray[Any]:
-    """Return what `scaled_rows` returns for q as stored: (n, columns), integers or floats."""
-    return scaled_rows(
-        lambda part: widened(q[part]), q.shape, scales, zeros, width=width, dtypes=dtypes
-    )
+def rows_of(stored: NDArray[Any]) -> Rows:
+    """Return the function that widens some rows of a matrix of integers or floats."""
+    return lambda part: widened(stored[part])
 
 
 def scaled_rows(
-    q: Callable[[slice], NDArray[np.float32]],
+    q: Rows,
     shape: tuple[int, ...],
     scales: NDArray[Any],
     zeros: NDArray[Any] | None = None,
@@ -174,9 +160,7 @@ def _cast_into(values: NDArray[Any], dtype: np.dtype[Any], out: NDArray[Any]) ->
         round_to_halves(out.reshape(-1), np.empty((2, out.size), np.uint32))
 
 
-def integers(
-    words: NDArray[Any], bits: int, count: int, least: int = 0
-) -> Callable[[slice], NDArray[np.float32]]:
+def integers(words: NDArray[Any], bits: int, count: int, least: int = 0) -> Rows:
     """Return the function that unpacks some rows of dense streams of bits, as `scaled_rows` needs.
 
     Args:
@@ -186,8 +170,8 @@ def integers(
         least: the value of an element of zeros; the function adds `least` to each element.
     """
     if bits == 4:
-        lookup = Lookup(_INTEGER_PAIRS[least])
-        return lambda part: lookup(np.ascontiguousarray(words[part]).view(np.uint8))[:, :count]
+        pairs = looked_up_rows(_INTEGER_PAIRS[least], np.ascontiguousarray(words).view(np.uint8))
+        return lambda part: pairs(part)[:, :count]
 
     def rows(part: slice) -> NDArray[np.float32]:
         values = stream(words[part], bits, 0, count).astype(np.float32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     SCALE_DTYPES,
     Array,
@@ -20,9 +19,9 @@ from vera_convert.base.quantized.layer import (
     PartReader,
     cast_to_model,
     finite,
-    sizes,
+    size_pair,
 )
-from vera_convert.base.quantized.packing import FLOAT_OF, scaled
+from vera_convert.base.quantized.packing import DTYPE_OF, FLOAT_OF, rows_of, scaled_rows
 from vera_convert.errors import CheckpointError
 from vera_convert.files.strict_json import parse_json
 from vera_convert.text import printable
@@ -34,7 +33,6 @@ _CLASSES = {
     "Float8Tensor": ("F8_E4M3", "F8_E5M2"),
 }
 """The supported classes, with the dtypes of the values."""
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 MAX_TEXT = 16_384
 """The most characters to read of a header's entry for a weight."""
 
@@ -47,14 +45,11 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     """
     kind, data, parts = _said(layer)
     rows, columns = layer.main(QDATA, _CLASSES[kind])
-    block, dtype = sizes(data.get("block_size"), 2), _dtype(data.get("dtype"))
+    block, dtype = size_pair(data.get("block_size")), _dtype(data.get("dtype"))
     if dtype is None:
-        raise layer.error(
-            rules.NOT_DEQUANTIZABLE, QDATA, "the header names no dtype that is known."
-        )
+        raise layer.unsupported(QDATA, "the header names no dtype that is known.")
     if block is None or block[0] != 1 or columns % block[1]:
-        reason = "the header's block_size is no part of one row."
-        raise layer.error(rules.NOT_DEQUANTIZABLE, QDATA, reason)
+        raise layer.unsupported(QDATA, "the header's block_size is no part of one row.")
     shape = rows, columns // block[1]
     scale = layer.part(SCALE, SCALE_DTYPES, shape)
     checks: dict[str, Check] = {scale: finite}
@@ -64,18 +59,14 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
         checks[zero] = finite
     known = tuple(rest for rest in (QDATA, SCALE, ZERO) if rest in layer.tensors)
     if {rest.removeprefix("_weight_") for rest in known} != {*parts}:
-        reason = f"the header names {', '.join(map(printable, parts))}."
-        raise layer.error(rules.PART_MISSING, QDATA, reason)
+        raise layer.missing(QDATA, f"the header names {', '.join(map(printable, parts))}.")
     q = layer.name(QDATA)
 
     def decode(read: PartReader, first: int, last: int) -> Array:
-        return scaled(
-            read.rows(q, first, last),
-            read.rows(scale, first, last),
-            None if zero is None else read.rows(zero, first, last),
-            width=block[1],
-            dtypes=(FLOAT_OF[dtype],),
-        )
+        factors = read.rows(scale, first, last)
+        zeros = None if zero is None else read.rows(zero, first, last)
+        values, size = rows_of(read.rows(q, first, last)), (last - first, columns)
+        return scaled_rows(values, size, factors, zeros, width=block[1], dtypes=(FLOAT_OF[dtype],))
 
     left_out = layer.refuse_others(known)
     yield PackedWeight(layer.name("weight"), (rows, columns), q, left_out, decode, checks)
@@ -88,25 +79,24 @@ def _said(layer: Layer) -> tuple[str, Mapping[str, object], list[str]]:
         LayerError: the header lacks a class, data or parts, or the class is not supported.
     """
     if layer.metadata is None:
-        raise layer.error(rules.PART_MISSING, QDATA, "the header of the file says nothing of it.")
+        raise layer.missing(QDATA, "the header of the file says nothing of it.")
     try:
         document = parse_json(layer.metadata[:MAX_TEXT].encode(), place=QDATA)
     except CheckpointError:
         document = None
     if not isinstance(document, dict):
-        raise layer.error(rules.PART_MALFORMED, QDATA, "its text in the header is no JSON object.")
+        raise layer.malformed(QDATA, "its text in the header is no JSON object.")
     kind, data, parts = (document.get(k) for k in ("_type", "_data", "_tensor_data_names"))
     if not isinstance(kind, str) or kind not in _CLASSES:
-        reason = f'the class "{printable(str(kind))}" is not supported.'
-        raise layer.error(rules.NOT_DEQUANTIZABLE, QDATA, reason)
+        raise layer.unsupported(QDATA, f'the class "{printable(str(kind))}" is not supported.')
     if not isinstance(data, dict) or not isinstance(parts, list):
-        raise layer.error(rules.PART_MALFORMED, QDATA, "the header names neither data nor parts.")
+        raise layer.malformed(QDATA, "the header names neither data nor parts.")
     return kind, data, [str(part) for part in parts]
 
 
 def _dtype(said: object) -> str | None:
     name = said.get("_data") if isinstance(said, Mapping) else None
-    return _DTYPES.get(name) if isinstance(name, str) else None
+    return DTYPE_OF.get(name) if isinstance(name, str) else None
 
 
 FORMAT = Format(

@@ -290,12 +290,12 @@ def _check_biases(layer: Layer, weights: Sequence[PackedWeight]) -> None:
     for rest, info in layer.tensors.items():
         if layer.name(rest) not in parts and info.dtype not in FLOATS:
             reason = f"its dtype is {info.dtype}; the format does not pack biases."
-            raise layer.error(rules.PART_MALFORMED, rest, reason)
+            raise layer.malformed(rest, reason)
     bias = layer.tensors.get("bias")
     outputs = weights[0].shape[0]
     if bias is not None and bias.shape != (outputs,):
         reason = f"its shape is {[*bias.shape]}, and the layer has {outputs:,} outputs."
-        raise layer.error(rules.PART_MALFORMED, "bias", reason)
+        raise layer.malformed("bias", reason)
 
 
 def _view(
