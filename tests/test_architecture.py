@@ -43,7 +43,7 @@ lora: engines options factors plan stored peft_targets head_copies pipeline_comp
 lora: forms checks record writing
 lora: sizes gguf_reading gguf_form reading conversion
 counting summary
-validation: result selection values files config targets projections base checks validate
+validation: result selection files config tensors base checks validate
 verification: provenance model_comparison options running comparator pairs
 verification: roundings other_adapters diagnosis tensors model_files merge_inputs other_projections
 verification: merged forms lora_config lora_names lora verify

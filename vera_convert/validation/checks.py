@@ -8,7 +8,7 @@ If an earlier step failed to read the input of a step, the report lists the step
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,11 +20,10 @@ from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.opening import Examined, examine, examined_folder
 from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
 from vera_convert.conversion.proof import recognized
-from vera_convert.draws.generator import Draw, Rounding
+from vera_convert.draws.generator import Rounding
 from vera_convert.dtypes import FLOATS
-from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
+from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
-from vera_convert.files.reading import ByteSource
 from vera_convert.files.value_range import value_ranges
 from vera_convert.hub.lookup import (
     HubAccess,
@@ -37,12 +36,16 @@ from vera_convert.hub.lookup import (
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.rules import Finding
 from vera_convert.text import printable
-from vera_convert.validation.config import config_findings, undeclared_embeddings
+from vera_convert.validation.config import (
+    TARGET_FIELDS,
+    config_findings,
+    target_findings,
+    undeclared_embeddings,
+    uneven_findings,
+)
 from vera_convert.validation.files import folder_findings, names_findings
-from vera_convert.validation.projections import stored_findings, stripped_findings
 from vera_convert.validation.result import Checked
-from vera_convert.validation.targets import TARGET_FIELDS, target_findings, uneven_findings
-from vera_convert.validation.values import value_findings
+from vera_convert.validation.tensors import stored_findings, stripped_findings, value_findings
 
 _REMOTE = Path(os.devnull, "on-the-hub")
 """The folder of an adapter left on the Hub; such a folder cannot exist."""
@@ -75,12 +78,12 @@ def check_adapter(named: str, options: CheckOptions) -> Checked:
         named: the adapter as given by the caller.
         options: the options of the check.
     """
-    label, is_remote = printable(named), False
-    check = _Check(options)
+    check = _Check(options, Checked(printable(named), path=named))
     try:
         location = locate(named, kind="adapter", access=options.access, revision=options.revision)
-        label, is_remote = location.label, location.folder is None
-        if options.deep and is_remote:
+        path = named if location.folder is not None else None
+        check.checked = Checked(location.label, path)
+        if options.deep:
             location = fetch_weights(location, options.access)
         with check.opened(location) as examined:
             check.run(examined, location.folder)
@@ -88,22 +91,12 @@ def check_adapter(named: str, options: CheckOptions) -> Checked:
         check.findings += error.findings
     except SurroundingsError as error:
         if isinstance(error.__cause__, PermissionError):
-            check.findings.append(rules.FILE_UNREADABLE.at(label, error.reason))
+            check.findings.append(rules.FILE_UNREADABLE.at(check.checked.label, error.reason))
             check.not_checked.append("the contents of unreadable files.")
         else:
-            check.failure = error
-    return Checked(
-        label=label,
-        path=None if is_remote else named,
-        findings=tuple(_placed(finding, named) for finding in check.findings),
-        draw=check.draw,
-        embedded=check.embedded,
-        base=check.base,
-        not_checked=tuple(check.not_checked),
-        bytes_read=check.bytes_read if is_remote else None,
-        failure=check.failure,
-        other_method=check.other_method,
-    )
+            check.checked = replace(check.checked, failure=error)
+    findings = tuple(_placed(finding, named) for finding in check.findings)
+    return replace(check.checked, findings=findings, not_checked=tuple(check.not_checked))
 
 
 def _placed(finding: Finding, named: str) -> Finding:
@@ -115,17 +108,19 @@ def _placed(finding: Finding, named: str) -> Finding:
 
 @dataclass(slots=True)
 class _Check:
-    """The check of one adapter, with the results so far; `Checked` explains the results."""
+    """The check of one adapter, with the results so far.
+
+    Attributes:
+        options: the options of the check.
+        checked: the results, without findings and checks left out.
+        findings: the findings so far.
+        not_checked: the checks left out so far.
+    """
 
     options: CheckOptions
+    checked: Checked
     findings: list[Finding] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
-    draw: Draw | None = None
-    embedded: bool | None = None
-    base: str = ""
-    bytes_read: int | None = None
-    failure: VeraConvertError | None = None
-    other_method: str | None = None
 
     @contextmanager
     def opened(self, location: Location) -> Iterator[Examined]:
@@ -134,7 +129,7 @@ class _Check:
         if location.folder is not None:
             with examined_folder(location.folder) as examined:
                 yield examined
-                self.bytes_read = 0
+                self.checked = replace(self.checked, bytes_read=0 if location.repo_id else None)
             return
         self.findings += names_findings(adapter_files(location, access), place=location.label)
         with (
@@ -142,16 +137,17 @@ class _Check:
             open_file(location, WEIGHTS_NAME, access) as weights,
         ):
             yield examine(_REMOTE, config, weights, values=False)
-            self.bytes_read = _bytes_read((config, weights))
+            remote = (each for each in (config, weights) if isinstance(each, RemoteFile))
+            self.checked = replace(self.checked, bytes_read=sum(each.bytes_read for each in remote))
 
     def run(self, examined: Examined, folder: Path | None) -> None:
         """Run every check whose input could be read; `folder` is None for a repo on the Hub."""
         if examined.other_method is not None:
             self.findings = [*examined.findings]
-            self.other_method = examined.other_method.method
+            self.checked = replace(self.checked, other_method=examined.other_method.method)
             return
         self.findings += examined.findings
-        self.embedded = _is_embedded(examined)
+        self.checked = replace(self.checked, embedded=_is_embedded(examined))
         base_facts = self._on_base(examined.adapter)
         elsewhere = {rules.MODEL_FOLDER, rules.ADAPTER_BELOW, rules.CONFIG_MISSING}
         is_here = elsewhere.isdisjoint(finding.rule for finding in examined.findings)
@@ -179,7 +175,7 @@ class _Check:
         except CheckpointError as error:
             self.findings += error.findings
         except SurroundingsError as error:
-            self.failure = self.failure or error
+            self.checked = replace(self.checked, failure=self.checked.failure or error)
             self.not_checked.append(f"{step}: {error}")
 
     def _on_base(self, adapter: Adapter | None) -> BaseFacts:
@@ -200,7 +196,7 @@ class _Check:
             except CheckpointError:
                 self.not_checked.append("the further checks on the base: fix the errors first.")
                 raise
-            self.base = base_facts.source
+            self.checked = replace(self.checked, base=base_facts.source)
             return findings
 
         self._step("the base", find)
@@ -238,7 +234,7 @@ class _Check:
             self.not_checked.append("the source of A and B: fix the errors of A and B first.")
             return
         pair = recognized(config, stored)
-        self.draw = pair.draw
+        self.checked = replace(self.checked, draw=pair.draw)
         # Without a lambda under its proper name, the layers' outputs are unknown.
         tallest = longest_b or stored.B.shape[0]
         yield from stored_findings(config, pair, base_facts, tallest=tallest)
@@ -248,10 +244,10 @@ class _Check:
     ) -> Iterator[Finding]:
         """Compare a fingerprint with draws."""
         fingerprint = examined.fingerprint
-        self.draw = fingerprint.draw if fingerprint else None
         yield from stripped_findings(config, fingerprint, base_facts)
         if fingerprint is None:
             return
+        self.checked = replace(self.checked, draw=fingerprint.draw)
         if self.options.deep or fingerprint.is_small:
             from vera_convert.conversion.transforms import prove
 
@@ -260,10 +256,6 @@ class _Check:
             self.not_checked.append(
                 "the hashes of the fingerprint: --deep draws A and B to prove the hashes."
             )
-
-
-def _bytes_read(sources: Sequence[ByteSource]) -> int:
-    return sum(source.bytes_read for source in sources if isinstance(source, RemoteFile))
 
 
 def _is_embedded(examined: Examined) -> bool | None:
