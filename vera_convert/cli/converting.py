@@ -37,7 +37,6 @@ from vera_convert.text import printable
 if TYPE_CHECKING:
     from vera_convert.base.facts import BaseOptions
     from vera_convert.conversion.migration import TreeMigration
-    from vera_convert.conversion.work import Conversion
 
 
 class StripOptions(AdapterOptions, ProjectionChoice, AcceptChoice, ForceChoice):
@@ -60,6 +59,7 @@ def strip(adapter: str, out: Path, options: StripOptions) -> None:
     matrices.
     """
     from vera_convert.conversion.strip_embed import strip as run
+    from vera_convert.formats.results import conversion_text
 
     result = run(
         adapter,
@@ -69,7 +69,7 @@ def strip(adapter: str, out: Path, options: StripOptions) -> None:
         force=options.force,
         **options.inputs(),
     )
-    _show_conversion("strip", options, result)
+    show(options, result, conversion_text)
 
 
 class EmbedOptions(DimsChoice, GeneratorChoice, ProjectionChoice, ForceChoice):
@@ -88,6 +88,7 @@ class EmbedOptions(DimsChoice, GeneratorChoice, ProjectionChoice, ForceChoice):
 def embed(adapter: str, out: Path, options: EmbedOptions) -> None:
     """Regenerate A and B and store them in an adapter."""
     from vera_convert.conversion.strip_embed import embed as run
+    from vera_convert.formats.results import conversion_text
 
     result = run(
         adapter,
@@ -97,10 +98,10 @@ def embed(adapter: str, out: Path, options: EmbedOptions) -> None:
         force=options.force,
         **options.inputs(),
     )
-    _show_conversion("embed", options, result)
+    show(options, result, conversion_text)
 
 
-class MigrateOptions(AdapterOptions, ProjectionChoice, AcceptChoice, ForceChoice):
+class MigrateOptions(StripOptions):
     """Options of `migrate`."""
 
     to: str = option(
@@ -145,6 +146,7 @@ def migrate(adapter: str, out: Path, options: MigrateOptions) -> None:
     Every change is listed.
     """
     from vera_convert.conversion import migration
+    from vera_convert.formats.results import conversion_text
 
     if options.recursive and options.revision is not None:
         raise UsageError("--recursive takes a folder, which has no --revision.")
@@ -161,13 +163,7 @@ def migrate(adapter: str, out: Path, options: MigrateOptions) -> None:
         _show_tree(adapter, options, migration.migrate_tree(adapter, out, **shared))
     else:
         result = migration.migrate(adapter, out, revision=options.revision, **shared)
-        _show_conversion("migrate", options, result)
-
-
-def _show_conversion(name: str, options: CommonOptions, result: Conversion) -> None:
-    from vera_convert.formats.results import conversion_text
-
-    show(options, result, conversion_text, command=name)
+        show(options, result, conversion_text)
 
 
 def _show_tree(tree: str, options: CommonOptions, result: TreeMigration) -> None:

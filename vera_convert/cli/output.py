@@ -79,19 +79,16 @@ def print_document(document: Mapping[str, object]) -> None:
     say(json.dumps(document, indent=2))
 
 
-def show(
-    options: CommonOptions, result: Result, text: Callable[[Result], str], **values: object
-) -> None:
+def show(options: CommonOptions, result: Result, text: Callable[[Result], str]) -> None:
     """Print the warnings and notes of a result to stderr, and the result to stdout.
 
     Args:
         options: the options of the command.
         result: a record of the library.
         text: the function that writes the record for people.
-        values: values of the JSON document that the record lacks.
     """
     warn(getattr(result, "findings", ()), options)
-    print_result(options, result, text, **values)
+    print_result(options, result, text)
 
 
 def warn(findings: Sequence[Finding], options: CommonOptions, before: str = "") -> None:
@@ -106,19 +103,18 @@ def warn(findings: Sequence[Finding], options: CommonOptions, before: str = "") 
             tell(first.severity, f"{before}{shown}")
 
 
-def print_result(
-    options: CommonOptions, result: Result, text: Callable[[Result], str], **values: object
-) -> None:
+def print_result(options: CommonOptions, result: Result, text: Callable[[Result], str]) -> None:
     """Print a result as text or as a document, as the options ask."""
+    command = click.get_current_context().info_name
     try:
         if options.as_json:
             from vera_convert.formats.document import result_document
 
-            print_document(result_document(result, **values))
+            print_document(result_document(result, command=command))
         elif not options.quiet:
             say(fitted(text(result), columns()))
     except NotPrintedError as error:
-        if click.get_current_context().info_name in WRITES_NOTHING:
+        if command in WRITES_NOTHING:
             raise
         raise NotPrintedError(f"{error} OUT is written and complete.") from error
 
