@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vera_convert.delta import FLOAT32, Array
-from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData, array_blocks
+from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
 
 BLOCK_VALUES = 1 << 21
 """Values in a block. Blocks of half the size cost 3 % of speed, because the BLAS packs A once for
@@ -27,8 +27,8 @@ class Term:
         d: (r,), read on demand: the vectors of all layers together can be large.
         b: (out,), likewise.
         weight: the factor of the whole delta.
-        rows: the rows of the tensor that the delta changes; None for all rows. The merged model
-            has all other rows bit for bit.
+        rows: the rows of the tensor that are the adapted layer; None if the layer is the whole
+            tensor. The merged model has all other rows bit for bit.
     """
 
     A: Array
@@ -47,53 +47,20 @@ class Term:
         """Return d and b in the stored dtypes."""
         return self.d.array(), self.b.array()
 
-
-class TermsOfParts:
-    """Turns the delta of a layer, which is some rows of a tensor, into a delta of the tensor.
-
-    Layers of one kind share the moved B, which is large.
-    """
-
-    def __init__(self) -> None:
-        self._moved: dict[tuple[int, ...], Array] = {}
-
-    def term(self, term: Term, first: int, rows: int) -> Term:
-        """Return a delta of some rows of a tensor as a delta of all rows, 0 in the others.
+    def overlap(self, block: slice) -> tuple[slice, slice]:
+        """Return the rows of a block that are the layer's, and the rows of B and b for these.
 
         Args:
-            term: the delta of the layer.
-            first: the layer's first row in the tensor.
-            rows: the rows of the tensor.
+            block: rows of the tensor; the first result counts from the first of these.
         """
-        count = term.b.shape[0]
-        key = (id(term.B), first, count, rows)
-        if key not in self._moved:
-            self._moved[key] = _moved_rows(term.B, first, count, rows)
-        b, changed = _moved_vector(term.b, first, rows), slice(first, first + count)
-        return replace(term, B=self._moved[key], b=b, rows=changed)
-
-
-def _moved_rows(values: Array, first: int, count: int, rows: int) -> Array:
-    """Return zeros with the first rows of an array in another place.
-
-    Args:
-        values: the array, with at least `count` rows.
-        first: the new place of row 0.
-        count: how many rows are moved.
-        rows: the rows of the result.
-    """
-    moved = np.zeros((rows, *values.shape[1:]), values.dtype)
-    moved[first : first + count] = values[:count]
-    return moved
-
-
-def _moved_vector(b: TensorData, first: int, rows: int) -> TensorData:
-    """Return the vector b of a layer that is some rows of a tensor, with zeros in the others."""
-
-    def blocks() -> Iterator[memoryview]:
-        return array_blocks(_moved_rows(b.array(), first, b.shape[0], rows))
-
-    return b._replace(shape=(rows,), blocks=blocks)
+        if self.rows is None:
+            return slice(0, block.stop - block.start), block
+        first = max(block.start, self.rows.start)
+        last = max(first, min(block.stop, self.rows.stop))
+        in_block, in_layer = (
+            slice(first - start, last - start) for start in (block.start, self.rows.start)
+        )
+        return in_block, in_layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)

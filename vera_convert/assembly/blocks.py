@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum
+from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum, Term
 from vera_convert.delta import FLOAT32, FLOAT64, Array, scaled_A, scaled_B
 from vera_convert.float16 import rounded_to_halves, widened_halves
 
@@ -150,7 +150,7 @@ class Workspace:
         for index in range(len(tensor.terms)):
             product = _values(self._another, tensor.working, stored.shape) if index else total
             self._multiply(tensor, index, rows, product)
-            for kept in other_rows(tensor.terms[index].rows, rows):
+            for kept in kept_rows(tensor.terms[index], rows):
                 product[kept] = -0.0
             change += product[looked_at]
             is_last = index == len(tensor.terms) - 1
@@ -186,7 +186,10 @@ class Workspace:
             np.matmul(left.T, right.T, out=out)
         else:
             left = _values(self._left, tensor.working, (count, rank))
-            scaled_B(b[rows], term.B[rows], out=left)
+            for kept in kept_rows(term, rows):
+                left[kept] = 0
+            in_block, in_layer = term.overlap(rows)
+            scaled_B(b[in_layer], term.B[in_layer], out=left[in_block])
             right = _values(self._right[index], tensor.working, (rank, width))
             np.matmul(left, right, out=out)
 
@@ -244,19 +247,13 @@ def _values(buffer: NDArray[np.uint8], dtype: np.dtype[Any], shape: tuple[int, .
     return buffer[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
-def other_rows(changed: slice | None, block: slice) -> tuple[slice, ...]:
+def kept_rows(term: Term, block: slice) -> tuple[slice, slice]:
     """Return the rows of a block that a delta leaves alone, counted from the block's first row.
 
     There the delta is set to -0.0, because ``x + -0.0`` has the bits of any finite x.
-
-    Args:
-        changed: the rows of the tensor that the delta changes; None for all rows.
-        block: the rows of the tensor in the block.
     """
-    if changed is None:
-        return ()
-    before, after = (max(0, each - block.start) for each in (changed.start, changed.stop))
-    return slice(before), slice(after, None)
+    changed, _ = term.overlap(block)
+    return slice(changed.start), slice(changed.stop, None)
 
 
 def _chunks(count: int) -> Iterator[slice]:

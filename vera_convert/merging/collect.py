@@ -11,7 +11,7 @@ from functools import cached_property
 from vera_convert import rules
 from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.adapter.sorting import same_tensor
-from vera_convert.assembly.addends import Term, TermsOfParts
+from vera_convert.assembly.addends import Term
 from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
@@ -93,7 +93,6 @@ class _Collector:
         self.changes = Changes()
         self.defects: list[Finding] = []
         self._outputs: dict[str, int] = {}
-        self._parts = TermsOfParts()
         self._resized_heads: list[tuple[str, Replacement]] = []
 
     def _meet_tied_head(self) -> Tied | None:
@@ -118,14 +117,14 @@ class _Collector:
         match, terms = matched.match, self.changes.terms
         for module, layer in matched.adapter.layers.items():
             names = self._targets(module, match)
-            A, B = matched.pair.A, matched.pair.B
-            term = Term(A, B, layer.lambda_d, layer.lambda_b, matched.weight)
-            outputs = layer.out_features
+            outputs, rows = layer.out_features, None
             if module in match.parts:
-                outputs = self.base.tensors[match.tensors[module]].info.shape[0]
                 first_row = match.parts[module].first
                 assert first_row is not None  # noqa: S101 -- `resolve_base` refuses the others
-                term = self._parts.term(term, first_row, outputs)
+                rows = slice(first_row, first_row + outputs)
+                outputs = self.base.tensors[match.tensors[module]].info.shape[0]
+            d, b = layer.lambda_d, layer.lambda_b
+            term = Term(matched.pair.A, matched.pair.B, d, b, matched.weight, rows)
             for name in names:
                 terms[name] = (*terms.get(name, ()), term)
                 first = self._outputs.setdefault(name, outputs)

@@ -6,8 +6,7 @@
 The output appears after the complete merge has been read back. Peak memory is the same for any
 number of shards and layers and for any size of a tensor. For weights of 16 bits, a merge takes
 45 MiB, plus 4 r (in + out) bytes for A and B of each adapter, plus 17 MiB and 4 r w bytes for each
-thread. The rank is r, and w is the width of the widest adapted weight. Layers that the base stores
-as rows of a tensor of h rows take another 4 r h bytes for each place of such layers in the tensor.
+thread. The rank is r, and w is the width of the widest adapted weight.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ ULP is the unit in the last place: the value of the last bit at the size of a nu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -177,16 +177,14 @@ class _Factor:
     The operand of the rows, (rows, r), is scaled block by block.
 
     Attributes:
-        A: (r, in or more).
-        B: (out or more, r).
+        term: the delta, with A and B as they are multiplied.
         d: the vector of the rank, (r,).
         b: the vector of the outputs, times the adapter's weight.
         of_columns: the operand of the columns, (r, columns), scaled.
         norms: the norm of each column of `of_columns`.
     """
 
-    A: Array
-    B: Array
+    term: Term
     d: Array
     b: Array
     of_columns: Array
@@ -226,16 +224,18 @@ class Comparator:
         else:
             folded = np.empty((len(d), columns), self.working)
             shared = scaled_A(d, A[:, :columns], out=folded)
-        return _Factor(A, B, d, b, shared, _norms(shared, axis=0))
+        return _Factor(replace(term, A=A, B=B), d, b, shared, _norms(shared, axis=0))
 
     def _row_operand(self, factor: _Factor, first: int, last: int) -> Array:
         """Return the scaled operand of some rows, (n, r)."""
         rank = len(factor.d)
         if self.tensor.conv1d:
             folded = np.empty((rank, last - first), self.working)
-            return scaled_A(factor.d, factor.A[:, first:last], out=folded).T
-        folded = np.empty((last - first, rank), self.working)
-        return scaled_B(factor.b[first:last], factor.B[first:last], out=folded)
+            return scaled_A(factor.d, factor.term.A[:, first:last], out=folded).T
+        folded = np.zeros((last - first, rank), self.working)
+        in_block, in_layer = factor.term.overlap(slice(first, last))
+        scaled_B(factor.b[in_layer], factor.term.B[in_layer], out=folded[in_block])
+        return folded
 
     def deltas(self, first: int, last: int) -> Iterator[Array]:
         """Yield the delta of each adapter for some rows, in the working dtype."""

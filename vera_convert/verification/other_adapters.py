@@ -37,7 +37,9 @@ def of_other_adapters(
     change, delta = change[:_MOST_ROWS], delta[:_MOST_ROWS]
     (term,) = comparator.tensor.terms
     A = term.A[:, : change.shape[1]].astype(FLOAT64)
-    B = term.B[first : first + len(change)].astype(FLOAT64)
+    B = np.zeros((len(change), len(A)))
+    in_block, in_layer = term.overlap(slice(first, first + len(change)))
+    B[in_block] = term.B[in_layer]
     if _FEWEST_VECTORS <= len(A) < change.shape[1]:
         inverse = np.linalg.pinv(A)
         inside = change @ inverse

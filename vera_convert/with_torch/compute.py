@@ -13,7 +13,7 @@ from vera_convert.assembly.blocks import (
     BufferSizes,
     Device,
     Workspace,
-    other_rows,
+    kept_rows,
     product_sha256,
     weighted,
 )
@@ -103,8 +103,11 @@ class _DeviceWorkspace(Workspace):
             if tensor.conv1d:
                 delta = (vector[:, None] * matrix[:, rows]).T @ shared.T
             else:
-                delta = (vector[rows, None] * matrix[rows]) @ shared
-            for kept in other_rows(term.rows, rows):
+                in_block, in_layer = term.overlap(rows)
+                left = matrix.new_zeros(len(stored), len(term.A))
+                left[in_block] = vector[in_layer, None] * matrix[in_layer]
+                delta = left @ shared
+            for kept in kept_rows(term, rows):
                 delta[kept] = -0.0
             change += delta[sampled]
             total += delta
