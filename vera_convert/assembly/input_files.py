@@ -114,24 +114,33 @@ class StoredTensor:
         """The number of bytes."""
         return self.count * BITS[self.dtype] // 8
 
+    def read(self, first: int, last: int) -> NDArray[np.uint8]:
+        """Return the bytes `first` to `last` (exclusive)."""
+        found = np.empty(last - first, np.uint8)
+        with self.file.open() as source:
+            source.read_into(self.start + first, found.data)
+        return found
+
     def blocks(self, count: int | None = None) -> Iterator[NDArray[Any]]:
         """Yield all values, or the first `count` values, in blocks of bounded size."""
-        dtype = NUMPY_DTYPE[self.dtype]
         end = self.count if count is None else count
-        with self.file.open() as source:
-            for first in range(0, end, _BLOCK_VALUES):
-                size = min(_BLOCK_VALUES, end - first) * dtype.itemsize
-                yield np.frombuffer(
-                    source.read_at(self.start + first * dtype.itemsize, size), dtype
-                )
+        for first in range(0, end, _BLOCK_VALUES):
+            yield self.rows(first, min(first + _BLOCK_VALUES, end), 1).reshape(-1)
 
-    def rows(self, first: int, last: int) -> NDArray[Any]:
-        """Return the rows `first` to `last` (exclusive) of a matrix."""
-        dtype, columns = NUMPY_DTYPE[self.dtype], self.shape[1]
-        size = columns * dtype.itemsize
-        with self.file.open() as source:
-            raw = source.read_at(self.start + first * size, (last - first) * size)
-        return np.frombuffer(raw, dtype).reshape(last - first, columns)
+    def rows(self, first: int, last: int, columns: int | None = None) -> NDArray[Any]:
+        """Return the rows `first` to `last` (exclusive).
+
+        Args:
+            first: the number of the first row.
+            last: the number of the row after the last.
+            columns: the values of a row; None for the columns of a matrix, and for 1 in a tensor
+                of another shape.
+        """
+        dtype = NUMPY_DTYPE[self.dtype]
+        if columns is None:
+            columns = self.shape[1] if len(self.shape) == 2 else 1
+        row = columns * dtype.itemsize
+        return self.read(first * row, last * row).view(dtype).reshape(last - first, columns)
 
     def is_copied_by(self, copy: StoredTensor) -> bool:
         """Say whether the values of a copy, rounded to this tensor's dtype, are this tensor's.

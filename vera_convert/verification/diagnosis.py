@@ -17,7 +17,7 @@ from vera_convert.delta import FLOAT64, Array
 from vera_convert.dtypes import SIXTEEN_BIT
 from vera_convert.verification.comparator import LIMIT, Comparator, Comparison, last_bits, rounded
 from vera_convert.verification.other_adapters import LEFT_OVER, is_small, of_other_adapters
-from vera_convert.verification.pairs import Buffers, Pair, is_wider
+from vera_convert.verification.pairs import Pair, is_wider
 from vera_convert.verification.roundings import intermediate_rounding
 
 _CLEAR = 4.0
@@ -93,7 +93,7 @@ def _rows(pair: Pair, worst: int) -> _Rows:
     step = max(1, _MOST_VALUES // columns)
     first = worst // columns // step * step
     last = min(first + step, count)
-    found, weights = pair.rows(first, last, Buffers())
+    found, weights = pair.rows(first, last)
     comparator = Comparator(pair.expected)
     values, merged = weights.astype(FLOAT64), found.astype(FLOAT64)
     noise = last_bits(np.maximum(np.abs(values), np.abs(merged)), pair.expected.dtype) / 2

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.delta import Array
@@ -22,33 +21,6 @@ from vera_convert.merging.changes import Kind, MergedTensor
 BLOCK_VALUES = 1 << 20
 """The values of a block: with sums, about 20 MiB for each thread. Larger blocks are no faster."""
 _BLOCK_BYTES = 1 << 23
-
-
-class Buffers:
-    """The read buffers of a thread. A buffer grows if needed, and never shrinks."""
-
-    def __init__(self) -> None:
-        self._held = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
-
-    def read(self, number: int, tensor: StoredTensor, first: int, size: int) -> NDArray[np.uint8]:
-        """Read `size` bytes of a stored tensor, from byte `first` on, into buffer 0 or 1."""
-        if self._held[number].size < size:
-            self._held[number] = np.empty(size, np.uint8)
-        raw = self._held[number][:size]
-        with tensor.file.open() as file:
-            file.read_into(tensor.start + first, raw.data)
-        return raw
-
-    def rows(self, number: int, tensor: StoredTensor, rows: tuple[int, int], columns: int) -> Array:
-        """Read the rows `rows[0]` to `rows[1]` (not included) of a tensor into buffer 0 or 1.
-
-        Returns:
-            The rows, (rows, columns), in the stored dtype.
-        """
-        first, last = rows
-        size = columns * BITS[tensor.dtype] // 8
-        raw = self.read(number, tensor, first * size, (last - first) * size)
-        return raw.view(NUMPY_DTYPE[tensor.dtype]).reshape(last - first, columns)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,20 +55,19 @@ class Pair:
             and mine.stored.start == before.stored.start + other.found.nbytes
         )
 
-    def raw(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
+    def raw(self, first: int, last: int) -> tuple[Array, Array]:
         """Return bytes of a copied tensor, or of a run of these, and of the source."""
-        found = buffers.read(0, self.found, first, last - first)
-        return found, buffers.read(1, self.expected.stored, first, last - first)
+        return self.found.read(first, last), self.expected.stored.read(first, last)
 
-    def rows(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
+    def rows(self, first: int, last: int) -> tuple[Array, Array]:
         """Return rows of the merged tensor in the expected dtype, and the source's decoded rows."""
         tensor, columns = self.expected, self.expected.matrix[1]
-        found = buffers.rows(0, self.found, (first, last), columns)
+        found = self.found.rows(first, last, columns)
         if self.found.dtype != tensor.dtype:
             found = _narrowed(found, NUMPY_DTYPE[tensor.dtype])
         if tensor.decode is not None:
             return found, tensor.decode(first, last)
-        return found, buffers.rows(1, tensor.stored, (first, last), columns)
+        return found, tensor.stored.rows(first, last, columns)
 
 
 @np.errstate(over="ignore", invalid="ignore")

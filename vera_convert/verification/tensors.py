@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from vera_convert import rules
 from vera_convert.arguments import Progress, no_progress
 from vera_convert.assembly.pool import WorkerPool, default_jobs, one_blas_thread
@@ -27,7 +29,7 @@ from vera_convert.verification.comparator import (
     compare_conversion,
 )
 from vera_convert.verification.diagnosis import cause
-from vera_convert.verification.pairs import Block, Buffers, Pair, blocks_of, pairs_of
+from vera_convert.verification.pairs import Block, Pair, blocks_of, pairs_of
 
 _MOST_CAUSES = 64
 """For how many wrong tensors, the worst first, a cause is looked for."""
@@ -47,7 +49,6 @@ class TensorCheck:
         shape: the shape.
         comparison: the result of comparing the values.
         cause: a sentence about the cause of errors; empty if the values prove no cause.
-        rounded: the dtype that the values were rounded to, which can be narrower than `dtype`.
     """
 
     name: str
@@ -56,28 +57,18 @@ class TensorCheck:
     shape: tuple[int, ...]
     comparison: Comparison
     cause: str = ""
-    rounded: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether no value is wrong."""
         return not self.comparison.wrong
 
-    @property
-    def where(self) -> str:
-        """The index of the value with the largest error."""
-        assert self.comparison.worst is not None  # noqa: S101 -- only for a wrong tensor
-        index, places = self.comparison.worst.index, list[int]()
-        for size in reversed(self.shape):
-            index, place = divmod(index, size)
-            places.insert(0, place)
-        return str(places)
-
     def finding(self) -> Finding:
         """Return the finding for a wrong tensor."""
         found, worst = self.comparison, self.comparison.worst
         assert worst is not None  # noqa: S101 -- only for a wrong tensor
-        values = f"the value at {self.where} is {worst.found!r} instead of {worst.expected!r}"
+        where = [int(place) for place in np.unravel_index(worst.index, self.shape)]
+        values = f"the value at {where} is {worst.found!r} instead of {worst.expected!r}"
         count = f"{found.wrong:,} of {found.values:,} values differ"
         if self.kind is Kind.ADDED:
             reason = f"{count}, by up to {found.ulps:.3g} ULP; {values}."
@@ -153,13 +144,22 @@ def check_tensors(
         if not comparison.wrong:
             pairs[name], comparisons[name] = again[name], comparison
     causes = _causes(pairs, comparisons, explain)
+    compared = {name: pairs[name] for name in expected if name in pairs}
     checks = tuple(
-        _check(pairs[name], comparisons[name], causes.get(name, ""))
-        for name in expected
-        if name in pairs
+        TensorCheck(
+            name,
+            pair.expected.kind,
+            pair.found.dtype,
+            pair.expected.shape,
+            comparisons[name],
+            causes.get(name, ""),
+        )
+        for name, pair in compared.items()
     )
     wider = {
-        check.name: check.rounded for check in checks if check.dtype != expected[check.name].dtype
+        name: pair.expected.dtype
+        for name, pair in compared.items()
+        if pair.found.dtype != expected[name].dtype
     }
     nbytes = sum(pair.found.nbytes for pair in pairs.values())
     findings = (
@@ -168,13 +168,6 @@ def check_tensors(
         *(check.finding() for check in _worst_first(checks)),
     )
     return MergedTensors(checks, findings, nbytes, jobs, wider)
-
-
-def _check(pair: Pair, comparison: Comparison, why: str) -> TensorCheck:
-    tensor = pair.expected
-    return TensorCheck(
-        tensor.name, tensor.kind, pair.found.dtype, tensor.shape, comparison, why, tensor.dtype
-    )
 
 
 def _worst_first(checks: Sequence[TensorCheck]) -> list[TensorCheck]:
@@ -286,13 +279,12 @@ def _comparisons(pairs: Mapping[str, Pair], jobs: int, progress: Progress) -> di
     lock = threading.Lock()
 
     def worker() -> Callable[[Block], None]:
-        """Return a function that compares a block, with the buffers of a thread."""
-        buffers = Buffers()
+        """Return a function that compares a block, with the operands of a thread."""
         comparators: dict[str, Comparator] = {}
 
         def work(block: Block) -> None:
             nonlocal done
-            results = [*_compared(block, buffers, comparators)]
+            results = [*_compared(block, comparators)]
             with lock:
                 for pair, comparison in zip(block.run, results, strict=True):
                     found[pair.expected.name] += comparison
@@ -306,26 +298,23 @@ def _comparisons(pairs: Mapping[str, Pair], jobs: int, progress: Progress) -> di
     return found
 
 
-def _compared(
-    block: Block, buffers: Buffers, comparators: dict[str, Comparator]
-) -> Iterator[Comparison]:
+def _compared(block: Block, comparators: dict[str, Comparator]) -> Iterator[Comparison]:
     """Yield the result for each tensor of a block.
 
     Args:
         block: the block.
-        buffers: the buffers to read into.
         comparators: the comparator of the current tensor by name; a new tensor replaces the old.
     """
     pair, first, last = block.run[0], block.first, block.last
     tensor = pair.expected
     if tensor.is_copied:
-        found, wanted = pair.raw(first, last, buffers)
+        found, wanted = pair.raw(first, last)
         end = 0
         for each in block.run:
             start, end = end, min(end + each.found.nbytes, len(found))
             yield compare_bytes(found[start:end], wanted[start:end], each.expected.dtype, first)
         return
-    found, stored = pair.rows(first, last, buffers)
+    found, stored = pair.rows(first, last)
     if not tensor.terms:
         yield compare_conversion(tensor, stored, found, first)
         return
