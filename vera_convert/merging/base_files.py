@@ -52,6 +52,11 @@ class BaseFiles:
         """Whether the weights lie here; a dry run has only the headers of a base on the Hub."""
         return self.model.location.folder is not None
 
+    def check_unchanged(self) -> None:
+        """Raise `SurroundingsError` if a file changed after the first look."""
+        for file in self.files.values():
+            file.check_unchanged()
+
     def tensor(self, name: str) -> StoredTensor:
         """Return the place of a tensor's values, or of the result's shape for a packed weight."""
         tensor = self.model.tensors[name]

@@ -71,19 +71,14 @@ class ResizedBias:
     @property
     def stored(self) -> StoredTensor:
         """The base's tensor with the new shape."""
-        return replace(self.own, shape=self.matrix)
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """The new rows and columns."""
-        return 1, self.count
+        return replace(self.own, shape=(1, self.count))
 
     def __call__(self, first: int, last: int) -> NDArray[Any]:
         """Return the rows `first` to `last` (exclusive): the base's values, cut or with zeros.
 
         The dtype is the base's.
         """
-        values = np.zeros(self.matrix, NUMPY_DTYPE[self.own.dtype])
+        values = np.zeros((1, self.count), NUMPY_DTYPE[self.own.dtype])
         kept = min(self.own.count, self.count)
         values[0, :kept] = np.concatenate([*self.own.blocks(kept)])
         return values[first:last]
@@ -138,19 +133,14 @@ class ReplacedRows:
         return self._rows(first, last)
 
     def _rows(self, first: int, last: int) -> NDArray[Any]:
-        own = _as_matrix(self.own).rows if self.decode is None else self.decode
+        own = self.own.rows if self.decode is None else self.decode
         values = np.array(own(first, last))
         for start, each in self.parts.items():
             low, high = max(first, start), min(last, start + each.stored.shape[0])
             if low < high:
-                new = _as_matrix(each.stored).rows(low - start, high - start)
+                new = each.stored.rows(low - start, high - start)
                 values[low - first : high - first] = new.astype(values.dtype)
         return values
-
-
-def _as_matrix(tensor: StoredTensor) -> StoredTensor:
-    """Return a matrix as it is, and a vector as a column."""
-    return tensor if len(tensor.shape) == 2 else replace(tensor, shape=(tensor.count, 1))
 
 
 @dataclass(slots=True, eq=False)
@@ -265,26 +255,32 @@ def merged_tensors(
     # A quantized tensor has no meaning in another dtype, so the tensor keeps the dtype.
     stay = dtype is not None and files.packed is None
     kept = quantized_tensors(base) if stay else frozenset[str]()
-    found = {}
+    found: dict[str, MergedTensor] = {}
+
+    def add(
+        name: str, kind: Kind, stored: StoredTensor, written: str, decode: Decode | None = None
+    ) -> None:
+        """Add a tensor that begins with stored values; `kind` is that of one without deltas."""
+        terms, conv1d = changes.terms.get(name, ()), name in changes.conv1d
+        kind = Kind.ADDED if terms else kind
+        found[name] = MergedTensor(name, kind, written, stored, terms, conv1d, decode)
+
     for name, in_base in {**{name: name for name in base.tensors}, **changes.heads}.items():
         own, replacement = files.tensor(in_base), changes.replaced.get(name)
         written = own.dtype if in_base in kept and replacement is None else _written(own, dtype)
         if replacement is not None:
-            found[name] = _merged(name, Kind.REPLACED, replacement.stored, written, changes)
-            continue
-        if name in changes.rows:
+            add(name, Kind.REPLACED, replacement.stored, written)
+        elif name in changes.rows:
             rows = replace(changes.rows[name], decode=files.decoder(in_base))
-            merged = _merged(name, Kind.REPLACED, own, written, changes)
-            found[name] = replace(merged, decode=rows)
-            continue
-        resized = changes.resized_biases.get(name)
-        decode = resized or files.decoder(in_base)
-        stored = own if resized is None else resized.stored
-        kind = Kind.SAME if decode is None and written == own.dtype else Kind.CONVERTED
-        found[name] = replace(_merged(name, kind, stored, written, changes), decode=decode)
+            add(name, Kind.REPLACED, own, written, rows)
+        else:
+            resized = changes.resized_biases.get(name)
+            decode = resized or files.decoder(in_base)
+            stored = own if resized is None else resized.stored
+            kind = Kind.SAME if decode is None and written == own.dtype else Kind.CONVERTED
+            add(name, kind, stored, written, decode)
     for name, replacement in changes.new.items():
-        written = _written(replacement.stored, dtype)
-        found[name] = _merged(name, Kind.NEW, replacement.stored, written, changes)
+        add(name, Kind.NEW, replacement.stored, _written(replacement.stored, dtype))
     if changes.unties and scales_tied_logits(base):
         heads = (name for name in found if is_head(name, base))
         found |= {name: _scaled(found[name]) for name in heads}
@@ -309,12 +305,3 @@ def _scaled(head: MergedTensor) -> MergedTensor:
 def _written(tensor: StoredTensor, dtype: str | None) -> str:
     """Return the dtype of a tensor in the merged model, if all float tensors get a dtype."""
     return dtype if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
-
-
-def _merged(
-    name: str, kind: Kind, stored: StoredTensor, written: str, changes: Changes
-) -> MergedTensor:
-    """Return a tensor that begins with stored values; `kind` is that of a tensor without deltas."""
-    terms = changes.terms.get(name, ())
-    kind = Kind.ADDED if terms else kind
-    return MergedTensor(name, kind, written, stored, terms, conv1d=name in changes.conv1d)

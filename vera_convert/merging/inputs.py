@@ -69,7 +69,8 @@ class MergeInputs:
         for matched in self.adapters:
             matched.adapter.check_unchanged()
             matched.weights.check_unchanged()
-        for file in (*self.base.files.values(), *self.beside.in_model.values()):
+        self.base.check_unchanged()
+        for file in self.beside.in_model.values():
             file.check_unchanged()
 
 

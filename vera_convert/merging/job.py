@@ -207,25 +207,19 @@ class MergeJob:
             if part.numbers is not None:
                 of_replaced[part.name] = of_replaced.get(part.name, Numbers()) + part.numbers
         adapters, changes = self.plan.inputs.adapters, self.plan.changes
-        reports = []
+        replacing, reports = changes.replacing, []
         for tensor in self.plan.weights.tensors:
-            name, kind = tensor.name, "added"
-            terms = changes.terms.get(name, ())
+            name, terms = tensor.name, tensor.terms
             owners = [each for each in adapters if any(term.A is each.pair.A for term in terms)]
-            replacement = changes.replaced.get(name) or changes.new.get(name)
-            if replacement is not None:
-                owners = [replacement.owner]
-                kind = "replaced" if name in changes.replaced else "new"
+            if name in replacing:
+                owners = [replacing[name].owner]
             elif name in changes.rows:
                 owners += [each.owner for each in changes.rows[name].parts.values()]
-                kind = "added" if terms else "replaced"
             if owners:
                 indexes = tuple(n for n, each in enumerate(adapters) if each in owners)
-                numbers = of_deltas.get(name)
-                if kind != "added":
-                    numbers = of_replaced.get(name, numbers)
+                numbers = (of_deltas if terms else of_replaced).get(name)
                 reports.append(
-                    TensorReport(name, tensor.dtype, tensor.shape, indexes, kind, numbers)
+                    TensorReport(name, tensor.dtype, tensor.shape, indexes, tensor.kind, numbers)
                 )
         return tuple(reports)
 

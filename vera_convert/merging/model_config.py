@@ -50,19 +50,19 @@ Member = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class ConfigEdits:
-    """Members of a config that a merge sets, and the findings about the members.
+    """Members of a config that a merge sets, by one decision or by all.
 
     Attributes:
         members: the values by path.
-        labels_given: whether the caller gave the names of the labels.
+        phrase: a decision in words, for the note on the class; empty without a decision.
         open: members that depend on a missing file beside the adapter.
         findings: notes and warnings.
     """
 
-    members: Mapping[Member, object]
-    labels_given: bool
-    open: frozenset[Member]
-    findings: tuple[Finding, ...]
+    members: Mapping[Member, object] = field(default_factory=dict)
+    phrase: str = ""
+    open: frozenset[Member] = frozenset()
+    findings: tuple[Finding, ...] = ()
 
     @property
     def sets_labels(self) -> bool:
@@ -88,23 +88,6 @@ class ConfigEdits:
         return edited
 
 
-@dataclass(frozen=True, slots=True)
-class _Edit:
-    """One decision about a config.
-
-    Attributes:
-        members: the values by path.
-        phrase: the decision in words, for the note on the class; empty without a decision.
-        open: members that a missing file beside the adapter would decide.
-        findings: notes and warnings of the decision's own.
-    """
-
-    members: Mapping[Member, object] = field(default_factory=dict)
-    phrase: str = ""
-    open: frozenset[Member] = frozenset()
-    findings: tuple[Finding, ...] = ()
-
-
 def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
     """Return the members of the base's config that the adapters of a merge change.
 
@@ -122,7 +105,7 @@ def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
     is_head = bool(head.names) or any(is_output_head(module, base.model_type) for _, module in new)
     name = options.architecture or (head.trained_class if is_head else None)
     shown = name or next(iter(base.class_names), "")
-    of_class: list[_Edit] = []
+    of_class: list[ConfigEdits] = []
     if base.config and (name is not None or options.labels):
         own = _class(base, name)
         of_class = [own, _labels(inputs, head, shown, own), _padding(inputs, changes, head, shown)]
@@ -141,9 +124,8 @@ def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
         findings.append(rules.HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, f"{said}."))
     found = ConfigEdits(
         {path: value for each in edits for path, value in each.members.items()},
-        bool(options.labels),
-        frozenset[Member]().union(*(each.open for each in edits)),
-        tuple(findings),
+        open=frozenset[Member]().union(*(each.open for each in edits)),
+        findings=tuple(findings),
     )
     _require_count(found, base, changes)
     return found
@@ -217,10 +199,10 @@ def _is_of_body(name: str, shape: tuple[int, ...], base: BaseModel) -> bool:
     return is_same and shape[0] != label_count(base.config)
 
 
-def _class(base: BaseModel, name: str | None) -> _Edit:
+def _class(base: BaseModel, name: str | None) -> ConfigEdits:
     if name is None or base.class_names == (name,):
-        return _Edit()
-    return _Edit({("architectures",): [name]}, f"architectures is {printable(name)}")
+        return ConfigEdits()
+    return ConfigEdits({("architectures",): [name]}, f"architectures is {printable(name)}")
 
 
 def _strange_class(base: BaseModel, given: str | None) -> Iterator[Finding]:
@@ -275,21 +257,21 @@ def _stacks(base: BaseModel, changes: Changes) -> Iterator[Finding]:
 # --- labels and padding --------------------------------------------------------------------------
 
 
-def _labels(inputs: MergeInputs, head: _Head, name: str, of_class: _Edit) -> _Edit:
+def _labels(inputs: MergeInputs, head: _Head, name: str, of_class: ConfigEdits) -> ConfigEdits:
     """Set the names of the labels, unless the base's config is right."""
     count, config = head.labels, inputs.base.model.config
     if count is None or not name.endswith((*_CLASSIFIERS, *_QUESTIONS)):
-        return _Edit()
+        return ConfigEdits()
     labels = inputs.options.labels or inputs.beside.labels
     old = config.get("id2label")
     is_new = bool(of_class.members) and old is None and name.endswith(_CLASSIFIERS)
     is_named = len(labels) == count
     if not is_named and label_count(config) == count and not is_new:
-        return _Edit()
+        return ConfigEdits()
     names = [*labels] if is_named else [f"LABEL_{n}" for n in range(count)]
     wanted = {str(n): label for n, label in enumerate(names)}
     if wanted == old:
-        return _Edit()
+        return ConfigEdits()
     members: dict[Member, object] = {
         ("id2label",): wanted,
         ("label2id",): {label: n for n, label in enumerate(names)},
@@ -298,14 +280,14 @@ def _labels(inputs: MergeInputs, head: _Head, name: str, of_class: _Edit) -> _Ed
         members["num_labels",] = count
     how = "" if is_named else ", named LABEL_0 and so on (--labels names them)"
     are = "is 1 label" if count == 1 else f"are {count:,} labels"
-    return _Edit(members, f"there {are}{how}")
+    return ConfigEdits(members, f"there {are}{how}")
 
 
-def _padding(inputs: MergeInputs, changes: Changes, head: _Head, name: str) -> _Edit:
+def _padding(inputs: MergeInputs, changes: Changes, head: _Head, name: str) -> ConfigEdits:
     """Set the padding token of a class that classifies by the last token of a text."""
     by_last = any(each.rpartition(".")[0].rpartition(".")[2] == "score" for each in head.names)
     if not name.endswith(_OF_TEXTS) or not by_last:
-        return _Edit()
+        return ConfigEdits()
     base = inputs.base.model
     part = base.config.get("text_config")
     path = ("text_config", "pad_token_id") if isinstance(part, dict) else ("pad_token_id",)
@@ -314,31 +296,31 @@ def _padding(inputs: MergeInputs, changes: Changes, head: _Head, name: str) -> _
     if token is None:
         reason = "neither the base's config nor a file beside the adapter names the token."
         missing = rules.HEAD_WITHOUT_PADDING.in_file(CONFIG_NAME, reason)
-        return _Edit(open=frozenset([path]), findings=() if own is not None else (missing,))
+        return ConfigEdits(open=frozenset([path]), findings=() if own is not None else (missing,))
     resized = changes.resizes.vocabulary
     rows = embedding_rows(base) if resized is None else resized[1]
     if token == own or (rows is not None and not 0 <= token < rows):
-        return _Edit()
-    return _Edit({path: token}, f"pad_token_id is {token}, as beside the adapter")
+        return ConfigEdits()
+    return ConfigEdits({path: token}, f"pad_token_id is {token}, as beside the adapter")
 
 
 # --- the vocabulary ------------------------------------------------------------------------------
 
 
-def _vocabulary(base: BaseModel, changes: Changes) -> _Edit:
+def _vocabulary(base: BaseModel, changes: Changes) -> ConfigEdits:
     """Set the size of a resized vocabulary."""
     if changes.resizes.vocabulary is None:
-        return _Edit()
+        return ConfigEdits()
     old, new = changes.resizes.vocabulary
     reason = f"vocab_size is {new:,} where the base has {old:,}."
     note = rules.HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, reason)
-    return _Edit(dict.fromkeys(vocabulary_fields(base, old), new), findings=(note,))
+    return ConfigEdits(dict.fromkeys(vocabulary_fields(base, old), new), findings=(note,))
 
 
-def _scale(base: BaseModel, changes: Changes) -> _Edit:
+def _scale(base: BaseModel, changes: Changes) -> ConfigEdits:
     """Switch off the scaling of the decoder's output that the head's weight takes over."""
     is_moved = changes.unties and scales_tied_logits(base) and SCALE in base.config
-    return _Edit({(SCALE,): False} if is_moved else {})
+    return ConfigEdits({(SCALE,): False} if is_moved else {})
 
 
 def label_count(config: Mapping[str, object]) -> int:

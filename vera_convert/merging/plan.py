@@ -134,11 +134,8 @@ def _file(shard: _Shard, base: BaseFiles) -> tuple[NewFile, bytes]:
 
 def _fits(tensors: Sequence[MergedTensor], old: Header) -> bool:
     """Say whether a header still describes the tensors: names, dtypes and shapes."""
-    return len(tensors) == len(old.tensors) and all(
-        info is not None and (tensor.dtype, tensor.shape) == (info.dtype, info.shape)
-        for tensor in tensors
-        for info in (old.tensors.get(tensor.name),)
-    )
+    found = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+    return found == {name: (info.dtype, info.shape) for name, info in old.tensors.items()}
 
 
 def _pieces(tensors: Iterable[MergedTensor], at: int) -> list[Piece]:

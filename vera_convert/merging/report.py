@@ -180,32 +180,27 @@ def replaced_tensors(inputs: MergeInputs, changes: Changes) -> tuple[ReplacedTen
 
     Values are compared only with a base on this machine.
     """
-    whole = [
-        ReplacedTensor(
-            name,
-            replacement.owner.label,
-            replacement.stored.shape,
-            inputs.base.tensor(name).shape if name in changes.replaced else None,
-            _numbers(inputs.base.tensor(name), replacement, inputs.base)
-            if name in changes.replaced
-            else None,
-            _constant(replacement.stored),
-        )
-        for name, replacement in changes.replacing.items()
+    base = inputs.base
+    places: list[tuple[str, Replacement, StoredTensor | None]] = [
+        (name, each, base.tensor(name) if name in changes.replaced else None)
+        for name, each in changes.replacing.items()
     ]
-    parts = [
-        ReplacedTensor(
-            name,
-            replacement.owner.label,
-            replacement.stored.shape,
-            replacement.stored.shape,
-            _numbers(rows.base_of(first), replacement, inputs.base),
-            _constant(replacement.stored),
-        )
+    places += [
+        (name, each, rows.base_of(first))
         for name, rows in changes.rows.items()
-        for first, replacement in sorted(rows.parts.items())
+        for first, each in sorted(rows.parts.items())
     ]
-    return tuple(sorted((*whole, *parts), key=lambda each: each.name))
+    return tuple(
+        ReplacedTensor(
+            name,
+            each.owner.label,
+            each.stored.shape,
+            None if old is None else old.shape,
+            None if old is None else _numbers(old, each, base),
+            _constant(each.stored),
+        )
+        for name, each, old in sorted(places, key=lambda place: place[0])
+    )
 
 
 def constant_findings(tensors: tuple[ReplacedTensor, ...]) -> Iterator[Finding]:

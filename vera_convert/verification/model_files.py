@@ -206,7 +206,7 @@ def config_findings(
         each for each in _differences(expected, model.config, free) if each.path not in edits.open
     ]
     other_labels = label_count(model.config) != label_count(expected)
-    if edits.sets_labels and not other_labels and not edits.labels_given:
+    if edits.sets_labels and not other_labels and not inputs.options.labels:
         found = [each for each in found if each.path[0] not in _LABELS]
     wrong = [
         each
