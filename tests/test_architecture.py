@@ -45,7 +45,7 @@ lora: sizes gguf_reading gguf_form reading conversion
 counting summary
 validation: result selection files config tensors base checks validate
 verification: provenance model_comparison options running comparator pairs
-verification: roundings other_adapters diagnosis tensors model_files merge_inputs other_projections
+verification: roundings diagnosis tensors model_files repeated_merge
 verification: merged forms lora_config lora_names lora verify
 formats: document shared results merge lora locations validation reports sarif junit github catalog
 formats: verification

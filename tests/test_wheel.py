@@ -112,6 +112,9 @@ def test_it_holds_the_package_the_schemas_and_nothing_else(wheel: Path) -> None:
         "vera_convert/rules.toml",
         "vera_convert/targets/architectures.toml",
         "vera_convert/targets/default_targets.toml",
+        "vera_convert/verification/model_files.toml",
+        "vera_convert/verification/running.toml",
+        "vera_convert/with_torch/peft_names.toml",
     }
     assert code == expected
     assert f"vera_convert-{__version__}.dist-info/licenses/LICENSE" in names

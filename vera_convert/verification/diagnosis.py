@@ -4,6 +4,9 @@
                                     a multiple? transposed? other adapters? another matrix?
 
 A cause is named only if the cause reproduces the values of the tensor.
+
+A delta is diag(b) B diag(d) A. The rows are combinations of the rows of A, so a change shows the A
+and then the vectors of the merge.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import numpy as np
 from vera_convert.delta import FLOAT64, Array
 from vera_convert.dtypes import SIXTEEN_BIT
 from vera_convert.verification.comparator import LIMIT, Comparator, Comparison, last_bits, rounded
-from vera_convert.verification.other_adapters import LEFT_OVER, is_small, of_other_adapters
 from vera_convert.verification.pairs import Pair, is_wider
 from vera_convert.verification.roundings import intermediate_rounding
 
@@ -32,6 +34,12 @@ _MANY_OFF = 0.1
 _UNLIKE = 0.5
 """The cosine below which a change is unrelated to the delta."""
 _MOST_VALUES = 1 << 18
+_LEFT_OVER = 0.02
+"""The largest unexplained share of a matrix, beyond rounding."""
+_STEPS = 50
+_FEWEST_VECTORS = 3
+"""The smallest rank at which two vectors cannot explain every combination of the rows of A."""
+_MOST_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +120,7 @@ def _of_sizes(pair: Pair, rows: _Rows, comparison: Comparison) -> str:
         turned = _sum(rows.comparator.transposed_deltas(rows.first, last), rows.change.shape)
         if _explained(rows.change, turned, rows.noise_norm) is not None:
             return "The delta was added transposed."
-    sentence = of_other_adapters(
-        rows.comparator, rows.change, rows.delta, rows.noise_norm, rows.first
-    )
-    if sentence:
+    if sentence := _of_other_adapters(rows):
         return sentence
     norms = float(np.linalg.norm(rows.change) * np.linalg.norm(rows.delta))
     if abs(float(np.vdot(rows.change, rows.delta))) < _UNLIKE * norms:
@@ -136,17 +141,17 @@ def _sum(deltas: Iterable[Array], shape: tuple[int, ...]) -> Array:
 def _explained(change: Array, delta: Array, noise: float) -> float | None:
     """Return the factor by which a change is a multiple of a delta; None if it is no multiple."""
     factor = float(np.vdot(change, delta) / np.vdot(delta, delta))
-    return factor if is_small(change - factor * delta, change, noise) else None
+    return factor if _is_small(change - factor * delta, change, noise) else None
 
 
 def _multiple(factor: float, pair: Pair, rows: _Rows, comparison: Comparison) -> str:
     """Return the cause of a change that is a multiple of the delta, or nearly the delta."""
-    if abs(factor - 2) < LEFT_OVER:
+    if abs(factor - 2) < _LEFT_OVER:
         return (
             "The delta was added twice: a merged model was merged again, or the merge had twice "
             "this --weight."
         )
-    if abs(factor + 1) < LEFT_OVER:
+    if abs(factor + 1) < _LEFT_OVER:
         return (
             "The delta was subtracted, as if the base and the merged model were exchanged, or "
             "--weight were negative."
@@ -160,7 +165,7 @@ def _multiple(factor: float, pair: Pair, rows: _Rows, comparison: Comparison) ->
             LIMIT * rows.comparator.last_bit * (np.abs(rows.weights) + np.abs(rows.delta).max())
         )
         allowed = rows.noise + of_order + doubt * np.abs(rows.delta)
-        if abs(factor - 1) > LEFT_OVER or np.mean(left <= allowed) >= _ALL:
+        if abs(factor - 1) > _LEFT_OVER or np.mean(left <= allowed) >= _ALL:
             return f"The delta was added {_shown(factor, doubt)} times."
         return ""
     return _of_wider_base(pair, rows, comparison)
@@ -201,3 +206,81 @@ def _holds_for_rounded(pair: Pair, rows: _Rows) -> bool:
     before = rounded(rows.weights, rows.found.dtype)
     compared = rows.comparator.compare(before, rows.found, rows.first)
     return not compared.wrong and compared.values >= _FEW
+
+
+# --- other adapters ------------------------------------------------------------------------------
+
+
+def _of_other_adapters(rows: _Rows) -> str:
+    """Return a sentence about other adapters that were merged; empty if unknown."""
+    tensor = rows.comparator.tensor
+    if tensor.conv1d or len(tensor.terms) != 1:
+        return ""
+    (term,) = tensor.terms
+    noise = rows.noise_norm * float(np.sqrt(min(1.0, _MOST_ROWS / len(rows.change))))
+    change, delta = rows.change[:_MOST_ROWS], rows.delta[:_MOST_ROWS]
+    A = term.A[:, : change.shape[1]].astype(FLOAT64)
+    if _FEWEST_VECTORS <= len(A) < change.shape[1]:
+        inverse = np.linalg.pinv(A)
+        inside = change @ inverse
+        if _is_small(change - inside @ A, change, noise):
+            B = np.zeros((len(change), len(A)))
+            in_block, in_layer = term.overlap(slice(rows.first, rows.first + len(change)))
+            B[in_block] = term.B[in_layer]
+            within = noise * float(np.linalg.norm(inverse, 2))
+            return _of_vectors(inside, delta @ inverse, B, within)
+    dimensions = _rank(change, noise)
+    if dimensions < min(change.shape) and _rank(change - delta, noise) < dimensions:
+        return (
+            "The delta and another matrix were added: another adapter was merged too. Give that "
+            "adapter with --add."
+        )
+    return ""
+
+
+def _of_vectors(inside: Array, own: Array, B: Array, noise: float) -> str:
+    """Return a sentence about the vectors that a change was made with; empty if unknown.
+
+    Args:
+        inside: the change as combinations of the rows of A, (rows, r).
+        own: the expected delta as combinations of the rows of A, (rows, r).
+        B: the rows of B.
+        noise: the norm of the errors.
+    """
+    if _is_scaled(inside, B, noise):
+        return (
+            "A delta with the same A and B but other vectors was added: the vectors of another "
+            "layer, of another checkpoint of this adapter, or of another adapter with the same key."
+        )
+    if _is_scaled(inside - own, B, noise):
+        return (
+            "The delta and that of another adapter with the same A and B were added: another "
+            "adapter was merged too. Give that adapter with --add."
+        )
+    return ""
+
+
+def _is_scaled(matrix: Array, B: Array, noise: float) -> bool:
+    """Return whether a matrix is diag(b) B diag(d) for some vectors, fitted in turn."""
+    d = np.ones(B.shape[1])
+    squares = B * B
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for _ in range(_STEPS):
+            b = np.nan_to_num((matrix * B) @ d / (squares @ (d * d)))
+            d = np.nan_to_num((matrix * B).T @ b / (squares.T @ (b * b)))
+    return _is_small(matrix - b[:, np.newaxis] * B * d, matrix, noise)
+
+
+def _is_small(rest: Array, matrix: Array, noise: float) -> bool:
+    """Say whether rounding errors of a norm, and a small share of a matrix, explain the rest."""
+    allowed = 2 * noise + _LEFT_OVER * float(np.linalg.norm(matrix))
+    return float(np.linalg.norm(rest)) <= allowed
+
+
+def _rank(matrix: Array, noise: float) -> int:
+    """Return the rank of a matrix above rounding errors of this norm."""
+    rows, columns = matrix.shape
+    mean = noise / np.sqrt(matrix.size)
+    largest = mean * (np.sqrt(rows) + np.sqrt(columns))
+    values = np.linalg.svd(matrix, compute_uv=False)
+    return int(np.count_nonzero(values > max(largest, 1e-6 * values[0])))

@@ -116,8 +116,8 @@ def check_form(
             resolve_base(each, base, bases=bases, need=Need.HELPFUL) for each in (ours, theirs)
         )
         sides = (
-            _Side(ours, _with_dims_of(base_facts, theirs), options),
-            _Side(theirs, _with_dims_of(other_facts, ours), options),
+            _Side(ours, theirs, base_facts, options),
+            _Side(theirs, ours, other_facts, options),
         )
         effects, origins = _effects(sides)
         wrong = [*_other_tensors(ours, theirs), *_other_fields(ours, theirs)]
@@ -192,14 +192,6 @@ def _comparable(name: str, value: object) -> object:
 # --- A and B -------------------------------------------------------------------------------------
 
 
-def _with_dims_of(base_facts: BaseFacts, other: Adapter) -> BaseFacts:
-    """Return the base facts; unknown dims come from the other form."""
-    recorded = other.projections or other.fingerprint
-    if recorded is None or base_facts.in_features is not None:
-        return base_facts
-    return replace(base_facts, in_features=recorded.in_features, out_features=recorded.out_features)
-
-
 class _Side:
     """A form, with the A and B in use; each pair is kept as long as it serves.
 
@@ -207,17 +199,25 @@ class _Side:
         UsageError: the dims of A and B are not known.
     """
 
-    def __init__(self, adapter: Adapter, base_facts: BaseFacts, options: VerifyOptions) -> None:
+    def __init__(
+        self, adapter: Adapter, other: Adapter, base_facts: BaseFacts, options: VerifyOptions
+    ) -> None:
+        """Prepare a form; unknown dims of the base come from the other form, or from this form."""
         self.adapter = adapter
-        self.base_facts = _with_dims_of(base_facts, adapter)
-        if None in (self.base_facts.in_features, self.base_facts.out_features):
+        self._recorded = adapter.projections or adapter.fingerprint
+        dims = other.projections or other.fingerprint or self._recorded
+        if base_facts.in_features is None and dims is not None:
+            base_facts = replace(
+                base_facts, in_features=dims.in_features, out_features=dims.out_features
+            )
+        if None in (base_facts.in_features, base_facts.out_features):
             raise UsageError(
                 "the dims of A and B are unknown, because neither form records the dims. "
                 f"{BASE_REMEDY}"
             )
+        self.base_facts = base_facts
         self.projections = options.projections or ProjectionSource.AUTO
         self.variant = options.generator
-        self._recorded = adapter.projections or adapter.fingerprint
         self._here: InEffect | None = None
         self._drawn: Matrices | None = None
 

@@ -167,9 +167,12 @@ def check_lora(
         names = layer_names(theirs, ours, base_facts)
         read = in_transformers_order(theirs, names, base_facts)
         pairing = _Pairing(ours, read, base_facts, pair, names)
-        layers, wrong = pairing.layers()
+        layers, wrong = pairing.compared()
         extra = pairing.extra
         acting = [name for name, layer in extra.items() if _has_effect(layer)]
+        for name in acting:
+            reason = "the adapter has no such layer."
+            wrong.append(rules.LORA_LAYER_EXTRA.at(printable(name), reason))
         task = ours.config.task_type
         others = [*_other_tensors(ours, theirs)]
         unloaded = [*unloaded_findings(pairing.lora, pairing.found, task, base_facts)]
@@ -184,7 +187,6 @@ def check_lora(
             run=_job(pairing, places, base_options, options, access),
             findings=(
                 *wrong,
-                *map(_extra_layer, acting),
                 *others,
                 *unloaded,
                 *_other_source(ours, theirs),
@@ -222,12 +224,28 @@ class _Pairing:
         found = {*self.found.values()}
         return {name: layer for name, layer in self.lora.layers.items() if name not in found}
 
-    def layers(self) -> tuple[tuple[LoraLayerCheck, ...], list[Finding]]:
+    def compared(self) -> tuple[tuple[LoraLayerCheck, ...], list[Finding]]:
         """Compare the layers; return the compared layers and the errors."""
-        compared = [*_compared(self.adapter, self.lora, self.names, self.pair)]
-        layers = tuple(each for each in compared if isinstance(each, LoraLayerCheck))
-        wrong = [each for each in compared if isinstance(each, Finding)]
-        return layers, [*wrong, *(layer.finding() for layer in layers if not layer.passed)]
+        checks, wrong, recorded = [], [], _recorded(self.lora)
+        for module, name in self.names.items():
+            ours, A, B = self.adapter.layers[module], self.pair.A, self.pair.B
+            if name is None:
+                reason = "the LoRA has no such layer."
+                wrong.append(rules.LORA_LAYER_LACKING.at(printable(module), reason))
+                continue
+            layer = self.lora.layers[name]
+            out, width = layer.shape
+            if out != ours.out_features or width > A.shape[1]:
+                reason = (
+                    f"the LoRA's layer has {width} inputs and {out} outputs; the adapter's has "
+                    f"{ours.out_features} outputs and {A.shape[1]} inputs at most."
+                )
+                wrong.append(rules.LORA_DELTA_DIFFERS.at(printable(module), reason))
+                continue
+            factors = Factors(A[:, :width], B[:out], ours.lambda_d.array(), ours.lambda_b.array())
+            error, limit = _error_and_limit(factors, layer, recorded)
+            checks.append(LoraLayerCheck(module, name, layer.rank, error, limit))
+        return tuple(checks), [*wrong, *(check.finding() for check in checks if not check.passed)]
 
     def why_not_run(self) -> str:
         """Return the reason why PEFT cannot run this LoRA; empty if nothing is in the way."""
@@ -251,40 +269,26 @@ class _Pairing:
 # --- layers --------------------------------------------------------------------------------------
 
 
-def _compared(
-    adapter: Adapter, lora: ReadLora, names: Mapping[str, str | None], pair: InEffect
-) -> Iterator[LoraLayerCheck | Finding]:
-    """Compare each layer of the adapter with the LoRA's; a layer without a partner is a finding."""
-    recorded = _recorded(lora)
-    for module, name in names.items():
-        if name is None:
-            yield rules.LORA_LAYER_LACKING.at(printable(module), "the LoRA has no such layer.")
-            continue
-        layer, vectors = lora.layers[name], adapter.layers[module]
-        out, width = layer.shape
-        if out != vectors.out_features or width > pair.A.shape[1]:
-            reason = (
-                f"the LoRA's layer has {width} inputs and {out} outputs; the adapter's has "
-                f"{vectors.out_features} outputs and {pair.A.shape[1]} inputs at most."
-            )
-            yield rules.LORA_DELTA_DIFFERS.at(printable(module), reason)
-            continue
-        b, d = vectors.lambda_b.array(), vectors.lambda_d.array()
-        ours = Factors(pair.A[:, :width], pair.B[:out], d, b)
-        error = _error(ours, layer)
-        limit = max(_LIMITS[layer.lora_A.dtype], _LIMITS[layer.lora_B.dtype])
-        if error > limit:
-            limit *= cancellation(ours)
-        if recorded is not None and error > limit:
-            limit = max(limit, _SLACK * min(recorded, _error_of_rank(ours, layer.rank) + limit))
-        yield LoraLayerCheck(module, name, layer.rank, error, limit)
+def _error_and_limit(
+    ours: Factors, layer: ReadLayer, recorded: float | None
+) -> tuple[float, float]:
+    """Return the relative error of a LoRA's layer, and the error that is allowed.
 
-
-def _error(ours: Factors, layer: ReadLayer) -> float:
+    Args:
+        ours: the operands of the adapter's layer.
+        layer: the LoRA's layer.
+        recorded: the error in the LoRA's record; None without a record.
+    """
     lora_A, lora_B = layer.factors()
-    if not (np.isfinite(lora_A).all() and np.isfinite(lora_B).all()):
-        return float("inf")
-    return relative_error(ours, squared_norm(ours), lora_A, lora_B)
+    error = float("inf")
+    if np.isfinite(lora_A).all() and np.isfinite(lora_B).all():
+        error = relative_error(ours, squared_norm(ours), lora_A, lora_B)
+    limit = max(_LIMITS[layer.lora_A.dtype], _LIMITS[layer.lora_B.dtype])
+    if error > limit:
+        limit *= cancellation(ours)
+    if recorded is not None and error > limit:
+        limit = max(limit, _SLACK * min(recorded, _error_of_rank(ours, layer.rank) + limit))
+    return error, limit
 
 
 def _error_of_rank(ours: Factors, rank: int) -> float:
@@ -292,11 +296,6 @@ def _error_of_rank(ours: Factors, rank: int) -> float:
     squares = np.square(Decomposition.of(ours, {}).values)
     total = float(squares.sum())
     return float(np.sqrt(squares[rank:].sum() / total)) if total else 0.0
-
-
-def _extra_layer(name: str) -> Finding:
-    """Return the finding for a layer with an effect that the adapter lacks."""
-    return rules.LORA_LAYER_EXTRA.at(printable(name), "the adapter has no such layer.")
 
 
 def _has_effect(layer: ReadLayer) -> bool:

@@ -29,7 +29,6 @@ from vera_convert.merging.changes import Kind, MergedTensor
 from vera_convert.merging.model_config import ConfigEdits, config_edits
 from vera_convert.rules import Finding
 from vera_convert.text import printable
-from vera_convert.verification.merge_inputs import OpenedMerge, RepeatedMerge
 from vera_convert.verification.model_comparison import (
     ModelComparison,
     ModelJob,
@@ -40,29 +39,18 @@ from vera_convert.verification.model_files import (
     config_findings,
     copied_findings,
     file_findings,
+    loaders,
     tie_findings,
 )
 from vera_convert.verification.options import VerifyOptions, given_alone, settle
-from vera_convert.verification.other_projections import right_with_other_projections
 from vera_convert.verification.provenance import MergeSettings, Provenance, read_provenance
+from vera_convert.verification.repeated_merge import (
+    OpenedMerge,
+    RepeatedMerge,
+    right_with_other_projections,
+)
 from vera_convert.verification.tensors import MergedTensors, check_tensors
 
-_HEADS = frozenset(
-    """
-    cls lm_head pooler predictions generator_predictions generator_lm_head lm_loss embed_out
-    discriminator_predictions vocab_transform vocab_layer_norm vocab_projector classifier score
-    qa_outputs
-    """.split()  # noqa: SIM905 - words read best as a text
-)
-"""The names of heads and poolers in transformers' classes, which other classes lack."""
-_QUANTIZERS = {
-    "bitsandbytes": ("bitsandbytes",),
-    "compressed-tensors": ("compressed-tensors",),
-    "torchao": ("torchao",),
-    "gptq": ("gptqmodel", "optimum"),
-    "awq": ("gptqmodel",),
-}
-"""The packages that run a quantized base on a CPU, by method; the first is the quantizer."""
 _DTYPE_OF_ROUNDING = {Rounding.NONE: "float32"} | {
     rounding_on_base(name): name for name in BASE_NAMES if name != "float64"
 }
@@ -164,7 +152,7 @@ def check_merged(
             explain=partial(right_with_other_projections, merge, read.files),
         )
         findings = dict.fromkeys(_findings(read, source, edits, tensors, settings))
-        read.check_unchanged()
+        read.files.check_unchanged()
         inputs.check_unchanged()
         folder = read.model.location.fetched
         adapters = tuple(map(MergedAdapter.of, inputs.adapters))
@@ -191,12 +179,13 @@ def _expected(read: _ReadModel, source: OpenedMerge, edits: ConfigEdits) -> dict
     expected = source.expected
     if read.provenance is not None or ("architectures",) not in edits.members:
         return expected
+    heads = {*loaders("modules")["heads"]}
     return {
         name: each
         for name, each in expected.items()
         if name in read.model.tensors
         or each.kind not in (Kind.SAME, Kind.CONVERTED)
-        or _HEADS.isdisjoint(name.split(".")[:2])
+        or heads.isdisjoint(name.split(".")[:2])
     }
 
 
@@ -262,7 +251,7 @@ def _job(
         rounded = replace(settings, base_dtype=_DTYPE_OF_ROUNDING.get(draw.rounding))
         job = replace(job, settings=rounded)
     reason = _why_not_quantized(method, adapters, settings)
-    quantizer = "" if reason else _QUANTIZERS[method][0]
+    quantizer = "" if reason else loaders("quantizers")[method][0]
     return replace(job, quantizer=quantizer, not_quantized=reason)
 
 
@@ -270,9 +259,10 @@ def _why_not_quantized(
     method: str, adapters: Sequence[MergedAdapter], settings: MergeSettings
 ) -> str:
     """Return the reason against a run of the stored quantized base; empty without a reason."""
-    if method not in _QUANTIZERS:
+    packages = loaders("quantizers").get(method)
+    if packages is None:
         return f"the kernels of {printable(method) or 'this method'} are not run"
-    missing = missing_packages(*_QUANTIZERS[method], "peft")
+    missing = missing_packages(*packages, "peft")
     if missing:
         return f"{missing} not installed"
     if len(adapters) != 1 or adapters[0].weight != 1:
@@ -306,11 +296,6 @@ class _ReadModel:
     def model(self) -> BaseModel:
         """The headers, and the folder of the fetched files."""
         return self.files.model
-
-    def check_unchanged(self) -> None:
-        """Raise `SurroundingsError` if a weight file changed since the first look."""
-        for file in self.files.files.values():
-            file.check_unchanged()
 
 
 @contextmanager

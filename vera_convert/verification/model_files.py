@@ -8,9 +8,12 @@ tie       whether head and embedding share a tensor
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+import tomllib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
+from pathlib import Path
 
 from vera_convert import rules
 from vera_convert.assembly.input_files import InputFile
@@ -29,20 +32,15 @@ from vera_convert.text import and_more, listed, printable
 
 _MOST_NAMED = 8
 
-# --- files ---------------------------------------------------------------------------------------
 
-_TAKEN = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_TAKEN_BY_DIFFUSERS = (
-    "diffusion_pytorch_model.safetensors.index.json",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.bin",
-)
-"""The weight files in the order in which transformers, and diffusers, search."""
+@cache
+def loaders(table: str) -> Mapping[str, Sequence[str]]:
+    """Return facts about the loaders of models, by name: see ``model_files.toml``."""
+    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+    return {name: words.split() for name, words in tomllib.loads(text)[table].items()}
+
+
+# --- files ---------------------------------------------------------------------------------------
 
 
 def file_findings(names: Collection[str], model: BaseModel, sides: ModelFiles) -> Iterator[Finding]:
@@ -75,7 +73,8 @@ def _taken_before(names: Collection[str], model: BaseModel) -> list[str]:
     if named_weights(model.config) is not None:
         return []  # the config names the files that were read
     is_diffusers = bool(model.prefix) or "_class_name" in model.config
-    order = [model.prefix + name for name in (_TAKEN_BY_DIFFUSERS if is_diffusers else _TAKEN)]
+    library = "diffusers" if is_diffusers else "transformers"
+    order = [model.prefix + name for name in loaders("weights")[library]]
     own = _own(model)
     earlier = order[: order.index(own)] if own in order else order
     return [name for name in earlier if name in names and [*model.files] != [name]]
@@ -116,37 +115,7 @@ def copied_findings(
 
 # --- the config ----------------------------------------------------------------------------------
 
-_FREE = frozenset(
-    [
-        "tie_word_embeddings",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "_name_or_path",
-        "transformers_weights",
-    ]
-)
-"""Fields without effect on the computation, or compared elsewhere."""
-_DECIDES = re.compile(
-    r"model_type|is_(encoder_)?decoder|(hidden_act|activation|act_fn|feed_forward_proj).*"
-    r"|.*_(activation|act|act_fn|hidden_act)|(rope|rotary|partial_rotary|alibi|position).*"
-    r"|.*eps(ilon)?|num_(?!labels|beams|return_sequences).*|n_\w+|.*(layers|heads|experts)"
-    r"|.*(hidden|embedding|intermediate|vocab|patch|image|state)_size|.*_dim|dim|d_\w+"
-    r"|max_position_embeddings|.*window.*|layer_types|.*(scaling|scale|multiplier|softcap).*"
-    r"|scale_.*|.*attention_bias|attn_bias|parallel_attn|.*norm.*|qk_.*|pooling.*|.*experts.*"
-)
-"""The names of fields that change the computation with the same weights."""
 _LABELS = ("id2label", "label2id", "num_labels")
-_RENAMED = frozenset(("type", "rope_type"))
-"""Fields whose values transformers renames when transformers saves a model."""
-_HEAD_OF_TASK = {
-    "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
-    "SEQ_CLS": ("ForSequenceClassification",),
-    "SEQ_2_SEQ_LM": ("ForConditionalGeneration",),
-    "TOKEN_CLS": ("ForTokenClassification",),
-    "QUESTION_ANS": ("ForQuestionAnswering",),
-    "FEATURE_EXTRACTION": ("Model",),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +141,10 @@ class _Difference:
     @property
     def decides(self) -> bool:
         """Whether both values are known, and the value changes the computation."""
-        if self.wanted is None or self.found is None or self.path[-1] in _RENAMED:
+        config = loaders("config")
+        if self.wanted is None or self.found is None or self.path[-1] in config["renamed"]:
             return False
-        return any(_DECIDES.fullmatch(name) for name in self.path)
+        return any(re.fullmatch("|".join(config["decides"]), name) for name in self.path)
 
 
 def config_findings(
@@ -200,7 +170,7 @@ def config_findings(
         reason = "it is missing or empty, so no loader knows the model of the weights."
         yield rules.MERGED_CONFIG_DIFFERS.at(place, reason)
         return
-    free = _FREE | frozenset(CONFIG_FIELDS if inputs.base.packed is not None else ())
+    free = {*loaders("config")["free"], *(CONFIG_FIELDS if inputs.base.packed is not None else ())}
     expected = edits.of_value(base.config)
     found = [
         each for each in _differences(expected, model.config, free) if each.path not in edits.open
@@ -246,7 +216,7 @@ def _is_of_another_task(difference: _Difference, tasks: Collection[str | None]) 
     if difference.path != ("architectures",) or difference.wanted is None or None in tasks:
         return False
     found = difference.found if isinstance(difference.found, list) else []
-    ends = tuple(end for task in tasks for end in _HEAD_OF_TASK.get(task or "", ("",)))
+    ends = tuple(end for task in tasks for end in loaders("classes").get(task or "", [""]))
     return bool(found) and not any(str(name).endswith(ends) for name in found)
 
 

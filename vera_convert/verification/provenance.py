@@ -168,14 +168,8 @@ def _settings(options: _Record) -> MergeSettings:
 
 
 def _member_of(names: Collection[str]) -> Callable[[str], str]:
-    """Return a parser of known names; the parser raises `ValueError` for other texts."""
-
-    def parse(text: str) -> str:
-        if text not in names:
-            raise ValueError(text)
-        return text
-
-    return parse
+    """Return a parser of known names; the parser raises `KeyError` for other texts."""
+    return {name: name for name in names}.__getitem__
 
 
 class _Record:
@@ -238,6 +232,6 @@ class _Record:
         """Return a parsed text; refuse an unknown text."""
         try:
             return parse(text)
-        except (ValueError, UsageError):
+        except (KeyError, ValueError, UsageError):
             path = self._path_of(key)
             self.refuse(f'{path} is "{printable(text)}", which is not a known value.')

@@ -18,9 +18,11 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
@@ -59,7 +61,7 @@ class Limits:
         memory_per_core: bytes added for each core: libraries reserve memory for each thread.
         memory_factor: bytes added for each byte of the weights. A 16-bit model runs in 32 bits,
             and is briefly in memory twice while it is built: six times the bytes of the weights.
-        times: the time for each stage.
+        times: other times for stages than those of ``running.toml``.
     """
 
     memory: int = 4 * _GIB
@@ -68,36 +70,12 @@ class Limits:
     times: Mapping[Stage, Limit] | None = None
 
 
-_TIMES: Mapping[Stage, Limit] = {
-    Stage.START: Limit(300),
-    Stage.BUILD: Limit(180, 240),
-    Stage.TEXT: Limit(60),
-    Stage.RUN: Limit(60, 60),
-    Stage.MERGE: Limit(180, 120),
-}
-"""Far more than each stage takes on two slow cores with a disk that reads 5 MB/s."""
-_IN_WORDS: Mapping[Stage, str] = {
-    Stage.START: "loading torch and transformers",
-    Stage.BUILD: "building a model",
-    Stage.TEXT: "turning the text into token ids",
-    Stage.RUN: "running a model on a sample",
-    Stage.MERGE: "merging the adapters again",
-}
-_KEPT_BACK = (
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "HUGGINGFACE_HUB_TOKEN",
-    "OPENBLAS_NUM_THREADS",  # a limit of the program, which would slow PyTorch down on Arm
-)
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "USE_HUB_KERNELS": "NO",
-    "TOKENIZERS_PARALLELISM": "false",
-    "CUDA_VISIBLE_DEVICES": "",
-    "TORCH_COMPILE_DISABLE": "1",
-}
-"""The child uses no network, fetches and compiles no kernels, and computes on the CPU."""
+@cache
+def _tables() -> Mapping[str, Any]:
+    """Return the stages and the environment of the child: see ``running.toml``."""
+    return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+
+
 _LONGEST_LINE = 1 << 20
 _LOOK_EVERY = 0.1
 """Seconds between two looks at the child, and the time to answer a signal to the parent."""
@@ -126,7 +104,7 @@ def run_models(
         memory = int(limits.memory + cores + limits.memory_factor * job.weights)
         _send(child, {**asdict(job), "memory": memory})
         progress(0, job.models * job.samples)
-        return _Watch(child, job.weights, limits, progress).result()
+        return _result(child, job.weights, limits, progress)
 
 
 @contextmanager
@@ -134,10 +112,11 @@ def _started(scratch: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start the child, and end the child when the block ends."""
     if not sys.executable:
         raise SurroundingsError(f"no Python interpreter was found to run a model. {INSTEAD}")
-    kept = {name: value for name, value in os.environ.items() if name not in _KEPT_BACK}
+    hidden, fixed = _tables()["kept_back"]["names"], _tables()["environment"]
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
     # With -P no file of the working directory replaces a module.
     path = os.pathsep.join(dict.fromkeys(os.path.abspath(p) for p in sys.path if p))  # noqa: PTH100
-    environment = {**kept, **_ENVIRONMENT, "PYTHONPATH": path}
+    environment = {**kept, **fixed, "PYTHONPATH": path}
     environment |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch)
     child = subprocess.Popen(  # noqa: S603 -- our own module, and no shell
         [sys.executable, "-P", "-m", _CHILD],
@@ -170,75 +149,56 @@ def _plain(value: Any) -> object:  # noqa: ANN401 -- a value of a job
     return sorted(value) if isinstance(value, frozenset) else os.fspath(value)
 
 
-class _Watch:
-    """Reads the messages of a child, and ends a child that takes too long."""
+def _result(
+    child: subprocess.Popen[bytes], weights: int, limits: Limits, progress: Progress
+) -> ModelComparison:
+    """Read the messages of the child, and return its result.
 
-    def __init__(
-        self, child: subprocess.Popen[bytes], weights: int, limits: Limits, progress: Progress
-    ) -> None:
-        self._child = child
-        self._gib = weights / _GIB
-        self._times = limits.times or _TIMES
-        self._progress = progress
-        self._stage = Stage.START
-        self._lines: queue.Queue[bytes] = queue.Queue()
-
-    def result(self) -> ModelComparison:
-        """Return the child's result.
-
-        Raises:
-            UsageError: the call is at fault.
-            SurroundingsError: the child failed, died, or took too long.
-        """
-        assert self._child.stdout is not None  # noqa: S101 -- asked for
-        reader = threading.Thread(target=_read, args=(self._child.stdout, self._lines), daemon=True)
-        reader.start()
-        deadline = self._deadline()
-        while True:
-            try:
-                line = self._lines.get(timeout=_LOOK_EVERY)
-            except queue.Empty:
-                if time.monotonic() > deadline:
-                    raise self._too_slow() from None
+    Raises:
+        UsageError: the call is at fault.
+        SurroundingsError: the child failed, died, or took too long.
+    """
+    assert child.stdout is not None  # noqa: S101 -- asked for
+    lines: queue.Queue[bytes] = queue.Queue()
+    threading.Thread(target=_read, args=(child.stdout, lines), daemon=True).start()
+    stage, begun = Stage.START, time.monotonic()
+    while True:
+        told = _tables()["stages"][stage]
+        limit = (limits.times or {}).get(stage) or Limit(told["seconds"], told["seconds_per_gib"])
+        seconds = limit.seconds + limit.seconds_per_gib * weights / _GIB
+        try:
+            line = lines.get(timeout=_LOOK_EVERY)
+        except queue.Empty:
+            if time.monotonic() <= begun + seconds:
                 continue
-            said = _document(line)
-            if said is None:
-                raise self._died()
-            if "result" in said:
-                return _comparison(said["result"])
-            if "error" in said:
-                kind = UsageError if said.get("is_usage") else SurroundingsError
-                raise kind(str(said["error"]))
-            self._stage = Stage(said["stage"])
-            if said["of"]:
-                self._progress(said["done"], said["of"])
-            deadline = self._deadline()
+            raise SurroundingsError(
+                f"{told['words']} was stopped: it took longer than {seconds:,.0f} s, the limit "
+                f"for weights of this size. {INSTEAD}"
+            ) from None
+        said = _document(line)
+        if said is None:
+            raise _died(child, told["words"])
+        if "result" in said:
+            return _comparison(said["result"])
+        if "error" in said:
+            kind = UsageError if said.get("is_usage") else SurroundingsError
+            raise kind(str(said["error"]))
+        stage, begun = Stage(said["stage"]), time.monotonic()
+        if said["of"]:
+            progress(said["done"], said["of"])
 
-    def _seconds(self) -> float:
-        limit = self._times[self._stage]
-        return limit.seconds + limit.seconds_per_gib * self._gib
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self._seconds()
-
-    def _too_slow(self) -> SurroundingsError:
-        return SurroundingsError(
-            f"{_IN_WORDS[self._stage]} was stopped: it took longer than {self._seconds():,.0f} s, "
-            f"the limit for weights of this size. {INSTEAD}"
-        )
-
-    def _died(self) -> SurroundingsError:
-        self._child.kill()  # of a child that closed its output and lives on
-        status = self._child.wait()
-        how = f"with status {status}"
-        if status < 0:
-            names = {number.value: number.name for number in signal.Signals}
-            how = f"by signal {names.get(-status, -status)}"
-        return SurroundingsError(
-            f"the process that runs the models ended {how} while it was "
-            f"{_IN_WORDS[self._stage]}. Either memory ran out, or a file of the model makes a "
-            f"library fail. {INSTEAD}"
-        )
+def _died(child: subprocess.Popen[bytes], doing: str) -> SurroundingsError:
+    child.kill()  # of a child that closed its output and lives on
+    status = child.wait()
+    how = f"with status {status}"
+    if status < 0:
+        names = {number.value: number.name for number in signal.Signals}
+        how = f"by signal {names.get(-status, -status)}"
+    return SurroundingsError(
+        f"the process that runs the models ended {how} while it was {doing}. Either memory ran "
+        f"out, or a file of the model makes a library fail. {INSTEAD}"
+    )
 
 
 def _comparison(result: dict[str, Any]) -> ModelComparison:

@@ -7,16 +7,7 @@ from typing import Any
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.base.model import BaseModel
-
-_CLASS_OF_TASK = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""The Auto class for each of PEFT's task types."""
+from vera_convert.verification.model_files import loaders
 
 
 def classes_of(config: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -50,7 +41,7 @@ def trained_on(adapters: Iterable[Adapter], base: BaseModel, config: Any) -> Ite
         described = adapter.config.auto_mapping or {}
         if described.get("base_model_class"):
             yield str(described["base_model_class"])
-        auto = _CLASS_OF_TASK.get(adapter.config.task_type or "")
+        (auto,) = loaders("auto_classes").get(adapter.config.task_type or "", [None])
         if auto == "AutoModel" and all(f"{name}.weight" in base.tensors for name in adapter.layers):
             yield from base.class_names  # any class can be trained for features
         if auto is not None:

@@ -1,20 +1,21 @@
 """Offer the methods of ``peft.PeftModel`` by PEFT's names, for scripts written for PEFT.
 
 `VeraModel` has these methods too; each docstring says how the method differs from PEFT's. Not
-offered, with the reasons in `DECLINED`: prompts, model cards, conversion to LoRA, tables of each
-layer's status, and publishing on the Hub.
+offered, with the reasons in ``peft_names.toml``: prompts, model cards, conversion to LoRA, tables
+of each layer's status, and publishing on the Hub.
 """
 
 # mypy: allow-subclassing-any
 from __future__ import annotations
 
 import sys
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import Enum
 from functools import lru_cache, wraps
 from itertools import chain
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 from torch import nn
@@ -24,78 +25,11 @@ from vera_convert.errors import UsageError
 from vera_convert.merging.options import Tied
 from vera_convert.text import printable
 
-_NO_PROMPTS = "a VeRA adapter has no prompts"
-_BY_LAYER = "print the model: each layer shows its active and merged adapters"
-DECLINED: Mapping[str, str] = MappingProxyType(
-    {
-        "get_prompt": _NO_PROMPTS,
-        "get_prompt_embedding_to_save": _NO_PROMPTS,
-        "get_layer_status": _BY_LAYER,
-        "get_model_status": _BY_LAYER,
-        "create_or_update_model_card": (
-            "a model card is its author's text: save_pretrained writes none, and keeps an existing "
-            "card"
-        ),
-        "supports_lora_conversion": (
-            "PEFT converts to LoRA approximately, by a decomposition of each delta; save the "
-            "adapter, and convert the folder exactly"
-        ),
-        "inject_adapter": "call add_adapter, which wraps the layers too",
-        "add_weighted_adapter": "make several adapters active: their deltas are summed",
-    }
+_TABLES: Mapping[str, Any] = tomllib.loads(
+    Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
 )
+DECLINED: Mapping[str, str] = _TABLES["declined"]
 """Names of PEFT that a `VeraModel` lacks, with the reason and the alternative."""
-
-_OURS = {
-    "adapter_name": "adapter",
-    "is_trainable": "trainable",
-    "peft_config": "config",
-    "model_id": "folder",
-    "save_directory": "folder",
-}
-"""PEFT's names of arguments, and ours."""
-
-_USE_ACCESS = "pass access=HubAccess(...)"
-_NO_OFFLOAD = "offload the model before wrapping it"
-_ARGUMENTS: Mapping[str, Mapping[str, tuple[tuple[object, ...] | None, str]]] = MappingProxyType(
-    {
-        "load_adapter": {
-            # These change where and how PEFT reads, and no result.
-            "low_cpu_mem_usage": (None, ""),
-            "torch_device": (None, ""),
-            "ephemeral_gpu_offload": (None, ""),
-            "use_safetensors": ((None, True), "pickles are never opened"),
-            "ignore_mismatched_sizes": ((False,), "an adapter that fits in part is refused"),
-            "key_mapping": ((None,), "pass key_map=[(OLD, NEW)], pairs of leading paths"),
-            "token": ((None,), _USE_ACCESS),
-            "cache_dir": ((None,), _USE_ACCESS),
-            "local_files_only": ((False,), _USE_ACCESS),
-            "force_download": ((False,), "delete the file from the Hub's cache"),
-            "device_map": ((None, "auto"), _NO_OFFLOAD),
-            "max_memory": ((None,), _NO_OFFLOAD),
-            "offload_folder": ((None,), _NO_OFFLOAD),
-            "offload_dir": ((None,), _NO_OFFLOAD),
-        },
-        "save_pretrained": {
-            "is_main_process": (None, ""),
-            "state_dict": ((None,), "save on a process that holds the whole model"),
-            "safe_serialization": (
-                (True,),
-                "adapters are written as safetensors, never as pickles",
-            ),
-            "save_embedding_layers": (
-                ("auto", False),
-                "name a trained embedding in modules_to_save; no other embedding is saved",
-            ),
-            "path_initial_model_for_weight_conversion": (
-                (None,),
-                "a difference to another adapter is not written",
-            ),
-        },
-    }
-)
-"""Arguments of PEFT's methods: the values without effect (None: all), and advice for others."""
-
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -105,7 +39,8 @@ def takes_pefts_names(method: Method) -> Method:
 
     @wraps(method)
     def called(*args: object, **kwargs: object) -> object:
-        return method(*args, **{_OURS.get(name, name): value for name, value in kwargs.items()})
+        ours = _TABLES["ours"]
+        return method(*args, **{ours.get(name, name): value for name, value in kwargs.items()})
 
     return cast("Method", called)
 
@@ -116,11 +51,15 @@ def check_pefts_arguments(method: str, given: Mapping[str, object]) -> None:
     Raises:
         UsageError: an argument is unknown, or its value would change the result.
     """
+    known = _TABLES["harmless"][method]
     for name, value in given.items():
-        if name not in _ARGUMENTS[method]:
+        if name in _TABLES["ignored"][method]:
+            continue
+        if name not in known:
             raise UsageError(f"{method}() has no argument {printable(name)}.")
-        harmless, advice = _ARGUMENTS[method][name]
-        if harmless is not None and not any(value is each or value == each for each in harmless):
+        harmless, advice = known[name]
+        values = (None if each == "None" else each for each in harmless)
+        if not any(value is each or value == each for each in values):
             raise UsageError(f"{method}() does not support this value of {name}: {advice}.")
 
 
