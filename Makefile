@@ -86,7 +86,7 @@ bench: .venv/test.stamp ## Run the benchmarks
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 docs: .venv/demo.stamp ## Write docs/rules.md from the catalog of rules
-	$(BIN)/python -m vera_convert.formats.catalog > docs/rules.md
+	$(BIN)/python tests/support/rulespage.py > docs/rules.md
 
 lock: .venv-lock/lock.stamp ## Update the pinned requirements
 	$(BIN_LOCK)/python requirements/lock.py $(TORCH) $(TORCH_FLOOR)

@@ -14,11 +14,12 @@ import click
 import pytest
 from commandline import COMMANDS
 from jsonschema import Draft202012Validator
+from rulespage import rules_page
 from sarif import SARIF
 
 from vera_convert.draws.generator import Draw, Variant
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.formats.catalog import explanation, rules_document, rules_page, rules_text
+from vera_convert.formats.catalog import explanation, rules_document, rules_text
 from vera_convert.formats.document import result_document
 from vera_convert.formats.github import github_text, job_summary
 from vera_convert.formats.junit import junit_text
