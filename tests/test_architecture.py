@@ -39,9 +39,8 @@ conversion: projections proof transforms sizes work strip_embed regeneration mig
 assembly: addends blocks input_files copying direct finisher pool writer journal
 merging: in_effect dequantize base_files adapters changes options adapter_files inputs
 merging: collect plan report model_config output provenance job merge
-lora: engines options factors plan stored peft_targets head_copies pipeline_component
-lora: forms checks record writing
-lora: sizes gguf_reading gguf_form reading conversion
+lora: engines options factors plan stored peft_targets pipeline_component forms checks record
+lora: writing gguf_reading gguf_form reading conversion
 counting summary
 validation: result selection files config tensors base checks validate
 verification: provenance model_comparison options running comparator pairs

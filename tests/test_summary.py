@@ -25,7 +25,7 @@ from vera_convert.lora import conversion
 from vera_convert.lora.conversion import to_lora
 from vera_convert.lora.engines import EngineName
 from vera_convert.lora.options import LoraOptions
-from vera_convert.lora.sizes import lora_size
+from vera_convert.lora.writing import lora_size
 from vera_convert.merging.merge import merge
 from vera_convert.merging.options import MergeOptions
 from vera_convert.summary import AdapterInfo, info

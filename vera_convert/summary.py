@@ -31,7 +31,7 @@ from vera_convert.draws.comparison import Difference
 from vera_convert.draws.generator import Draw
 from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.hub.lookup import HubAccess, Location, fetch_weights, hub_access_of, locate
-from vera_convert.lora.sizes import lora_size
+from vera_convert.lora.writing import lora_size
 from vera_convert.rules import Finding
 from vera_convert.targets.linear import LayerGroup, Linear, layer_groups
 from vera_convert.text import short_repr

@@ -244,16 +244,9 @@ def _with_revision(name: RepoName, revision: str | None) -> RepoName:
 
 
 def _at(name: RepoName, commit: str, listed: Mapping[str, RepoFile] | None = None) -> Location:
-    label = "/".join(filter(None, (f"{name.repo_id}@{commit}", name.subfolder)))
-    return Location(
-        printable(label),
-        None,
-        name.repo_id,
-        commit,
-        name.subfolder,
-        name.revision,
-        listed=listed,
-    )
+    place = name.repo_id, commit, name.subfolder, name.revision
+    found = Location("", None, *place, listed=listed)
+    return replace(found, label=printable(found.address or ""))
 
 
 def _resolve(name: RepoName, access: HubAccess) -> Location:

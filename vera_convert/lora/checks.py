@@ -6,12 +6,18 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from vera_convert import rules
+from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.folder import SideFiles
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.adapter.values import absurd_values, untrained_layers
+from vera_convert.assembly.input_files import InputFile, StoredTensor
 from vera_convert.base.facts import BaseFacts
+from vera_convert.base.model import BaseModel
 from vera_convert.base.vocabulary import check_own_tokens
 from vera_convert.conversion.work import Work
+from vera_convert.dtypes import FLOATS
+from vera_convert.files.file_names import WEIGHTS_NAME
+from vera_convert.files.tensorfile import TensorData
 from vera_convert.lora.engines import Engine, engines, experts_of, is_in_tower
 from vera_convert.lora.forms import Extras
 from vera_convert.lora.options import LoraOptions
@@ -263,3 +269,55 @@ def _extra_findings(extras: Extras, engine: Engine, place: str) -> Iterator[Find
         first = printable(extras.tensors[0].name)
         reason = f"{first} is stored whole. These engines take few such tensors or none: {titles}."
         yield rules.LORA_HEAD_ELSEWHERE.at(place, reason)
+
+
+def copy_findings(adapter: Adapter, base_facts: BaseFacts, title: str) -> Iterator[Finding]:
+    """Yield the copies of adapted output heads that an engine other than PEFT cannot do without.
+
+    VeRA does not train the weight of an adapted head. PEFT stores a copy and loads the copy, and
+    every other engine has the base's own weight, so a copy of the same weight can be left out.
+    Shapes are compared in the headers. Values are compared if the base's file lies here and holds
+    plain floats.
+
+    Args:
+        adapter: the adapter.
+        base_facts: the base facts.
+        title: how messages call the engine.
+
+    Raises:
+        SurroundingsError: a file cannot be read.
+    """
+    base, match = base_facts.base, base_facts.match
+    for module, copy in adapter.base_copies.items():
+        if base is None or match is None:
+            reason = f"without --base, nothing tells whether {title} has this weight of the base."
+            yield rules.LORA_BASE_UNKNOWN.at(printable(copy.name), reason)
+            continue
+        name = match.tensors[module]
+        shape = base.tensors[name].info.shape if name in base.tensors else copy.shape
+        if shape not in (copy.shape, copy.shape[::-1]):
+            reason = (
+                f"the stored weight has shape {[*copy.shape]}, the base's {[*shape]}, and {title} "
+                "keeps the base's. If the vocabulary was resized, merge the adapter."
+            )
+            yield rules.BASE_COPY_DIFFERS.in_tensor(copy.name, reason)
+        elif shape == copy.shape and not _is_the_bases(copy, name, adapter, base):
+            reason = (
+                f"the stored values differ from {printable(name)} of the base, and {title} keeps "
+                "the base's."
+            )
+            yield rules.BASE_COPY_DIFFERS.in_tensor(copy.name, reason)
+
+
+def _is_the_bases(copy: TensorData, name: str, adapter: Adapter, base: BaseModel) -> bool:
+    """Say whether a copy has the base's values, as far as the base's files lie here."""
+    tensor, folder = base.tensors.get(name), base.location.folder
+    if tensor is None or folder is None or tensor.info.dtype not in FLOATS:
+        return True
+    path, header = folder / tensor.file, base.files[tensor.file]
+    if not path.exists():
+        return True
+    own = StoredTensor.of(InputFile.look(path, within=folder), header, tensor.info)
+    header = adapter.file.header
+    file = InputFile.look(adapter.folder / WEIGHTS_NAME, within=adapter.folder)
+    return own.is_copied_by(StoredTensor.of(file, header, header.tensors[copy.name]))

@@ -30,11 +30,10 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import file_sha256
 from vera_convert.hub.lookup import HubAccess
-from vera_convert.lora.checks import adapter_findings, engine_findings
+from vera_convert.lora.checks import adapter_findings, copy_findings, engine_findings
 from vera_convert.lora.engines import Engine, Form, is_in_tower
 from vera_convert.lora.forms import Extras, FormFiles, extras_of, files_of
 from vera_convert.lora.gguf_form import GgufModel, GgufWeights, gguf_model
-from vera_convert.lora.head_copies import copy_findings
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.pipeline_component import component_findings
 from vera_convert.lora.plan import LoraPlan, plan_lora

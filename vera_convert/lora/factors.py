@@ -69,10 +69,6 @@ class Factors:
         """Return the operands of these outputs alone."""
         return Factors(self.A, self.B[rows], self.d, self.b[rows])
 
-    def inputs(self, columns: slice) -> Factors:
-        """Return the operands of these inputs alone."""
-        return Factors(self.A[:, columns], self.B, self.d, self.b)
-
     def lora_B(self) -> Float64:  # noqa: N802 -- the matrix is called B
         """Return lora_B (out, r) in float64."""
         found = np.empty((self.out_features, self.rank))

@@ -6,7 +6,7 @@ Nothing but the files' own words is trusted: shapes and dtypes are checked befor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,6 +50,10 @@ _OTHER_LORAS = (
     "arrow_config",
 )
 """Fields of PEFT's config with which a layer computes something else than the plain product."""
+
+
+Scaling = Callable[[str, int], float]
+"""Returns the factor of a module's product, by the path and the rank of the module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +154,7 @@ def _in_gguf(source: ByteSource) -> ReadLora:
     file = read_gguf(source)
     if not _is_number(file.alpha):
         raise _unreadable(GGUF_NAME, "its alpha is no usable number")
-    scaling = _Scaling(file.alpha or None, {}, rank_stabilized=False)
+    scaling = _by_alpha({"lora_alpha": file.alpha or None}, None)
     layers, others = _sorted(file.tensors, scaling, Form.GGUF)
     record = file.metadata.get(RECORD_KEY)
     record = parse_record(record) if isinstance(record, str) else None
@@ -171,17 +175,17 @@ def _metadata(metadata: Mapping[str, str]) -> Mapping[str, object] | None:
     return found and {name.rpartition(".")[2]: value for name, value in found.items()}
 
 
-def _scaling(config: Mapping[str, object] | None, form: Form) -> _Scaling:
-    """Return how the product of the factors is scaled."""
+def _scaling(config: Mapping[str, object] | None, form: Form) -> Scaling:
+    """Return the scaling that a config of PEFT or MLX-LM, or Diffusers' metadata asks for."""
     fields = config or {}
     if form is Form.DIFFUSERS:
-        return _Scaling.of(fields, None)
+        return _by_alpha(fields, None)
     if form is Form.MLX:
         parameters = fields.get("lora_parameters")
         factor = parameters.get("scale") if isinstance(parameters, dict) else None
         if fields.get("fine_tune_type", "lora") != "lora" or not _is_number(factor):
             raise _unreadable(CONFIG_NAME, "its fine_tune_type is not lora, or it has no scale")
-        return _Scaling(None, {}, rank_stabilized=False, factor=float(factor))
+        return lambda _module, _rank: float(factor)
     kind = fields.get("peft_type")
     if kind == "VERA":
         reason = "this is a VeRA adapter, not a LoRA."
@@ -189,11 +193,38 @@ def _scaling(config: Mapping[str, object] | None, form: Form) -> _Scaling:
         raise CheckpointError(found)
     if kind != "LORA":
         raise _unreadable(CONFIG_NAME, f"its peft_type is {printable(str(kind))}, not LORA")
-    return _Scaling.of(fields, 8)
+    return _by_alpha(fields, 8)
+
+
+def _by_alpha(config: Mapping[str, object], default: float | None) -> Scaling:
+    """Return the scaling by PEFT's fields, which divide an alpha by the rank or by its root.
+
+    Args:
+        config: the fields; the alphas of single modules stand by a path or the end of a path.
+        default: the alpha if the config names none; None for the rank, which is a scaling of 1.
+    """
+    alpha, patterns = config.get("lora_alpha", default), config.get("alpha_pattern") or {}
+    malformed = _unreadable(CONFIG_NAME, "lora_alpha or alpha_pattern is malformed")
+    if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
+        raise malformed
+    if alpha is not None and not _is_number(alpha):
+        raise malformed
+    other = next((field for field in _OTHER_LORAS if config.get(field)), None)
+    if other is not None:
+        raise _unreadable(CONFIG_NAME, f"{other} is set, so the layers are no plain LoRA")
+    is_rank_stabilized = bool(config.get("use_rslora"))
+
+    def scaling(module: str, rank: int) -> float:
+        own = (each for name, each in patterns.items() if f".{module}".endswith(f".{name}"))
+        own_alpha = next(own, alpha)
+        divisor = math.sqrt(rank) if is_rank_stabilized else rank
+        return 1.0 if own_alpha is None else own_alpha / divisor
+
+    return scaling
 
 
 def _sorted(
-    tensors: Mapping[str, TensorData], scaling: _Scaling, form: Form
+    tensors: Mapping[str, TensorData], scaling: Scaling, form: Form
 ) -> tuple[dict[str, ReadLayer], dict[str, TensorData]]:
     """Return the layers, and the other tensors by name."""
     found: dict[str, list[TensorData | None]] = {}
@@ -216,7 +247,7 @@ def _sorted(
             raise _unreadable(module, "one of lora_A and lora_B is missing")
         layer = ReadLayer(lora_A, lora_B, 1.0, transposed=form is Form.MLX)
         _require_sound(module, layer)
-        layers[module] = replace(layer, scaling=scaling.of_module(module, layer.rank))
+        layers[module] = replace(layer, scaling=scaling(module, layer.rank))
     return layers, others
 
 
@@ -235,48 +266,6 @@ def _require_sound(module: str, layer: ReadLayer) -> None:
 
 def _unreadable(place: str, reason: str) -> CheckpointError:
     return CheckpointError(rules.LORA_UNREADABLE.at(printable(place), f"{reason}."))
-
-
-@dataclass(frozen=True, slots=True)
-class _Scaling:
-    """How a config scales the product of the two factors.
-
-    Attributes:
-        alpha: lora_alpha; None if it is the rank.
-        patterns: the alpha of single modules, by a path or the end of a path.
-        rank_stabilized: whether alpha is divided by the root of the rank.
-        factor: a further factor.
-    """
-
-    alpha: float | None
-    patterns: Mapping[str, float]
-    rank_stabilized: bool
-    factor: float = 1.0
-
-    @classmethod
-    def of(cls, config: Mapping[str, object], default: float | None) -> _Scaling:
-        """Read the fields of PEFT; `default` is the alpha of a config that names none."""
-        alpha, patterns = config.get("lora_alpha", default), config.get("alpha_pattern") or {}
-        is_fine = isinstance(patterns, dict) and all(map(_is_number, patterns.values()))
-        if not is_fine or not (alpha is None or _is_number(alpha)):
-            raise _unreadable(CONFIG_NAME, "lora_alpha or alpha_pattern is malformed")
-        other = next((field for field in _OTHER_LORAS if config.get(field)), None)
-        if other is not None:
-            raise _unreadable(CONFIG_NAME, f"{other} is set, so the layers are no plain LoRA")
-        assert alpha is None or isinstance(alpha, int | float)  # noqa: S101 -- for the type checker
-        assert isinstance(patterns, dict)  # noqa: S101
-        return cls(alpha, patterns, bool(config.get("use_rslora")))
-
-    def of_module(self, module: str, rank: int) -> float:
-        """Return the scaling of a module of this rank."""
-        own = (
-            value
-            for name, value in self.patterns.items()
-            if module == name or module.endswith(f".{name}")
-        )
-        alpha = next(own, self.alpha)
-        divisor = math.sqrt(rank) if self.rank_stabilized else rank
-        return self.factor * (1.0 if alpha is None else alpha / divisor)
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -1,27 +1,34 @@
-"""Write a LoRA's files into a staged folder, layer by layer, and read back what was written."""
+"""Write the weights of a LoRA layer by layer, and read the file back; or tell the size alone."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.fingerprint import NO_SHA256
 from vera_convert.arguments import Progress
 from vera_convert.assembly.direct import DirectFile
+from vera_convert.base.facts import BaseFacts, BaseOptions
+from vera_convert.conversion.projections import ProjectionSource, draw_on_base
 from vera_convert.delta import Array
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.header import header_bytes, in_order, read_header
 from vera_convert.files.reading import file_sha256, open_local
 from vera_convert.files.tensorfile import TensorData, array_blocks
-from vera_convert.lora.forms import FormFiles
-from vera_convert.lora.plan import LoraLayer, LoraPlan
-from vera_convert.lora.record import metadata_with
+from vera_convert.hub.lookup import Location
+from vera_convert.lora.forms import FormFiles, extras_of, files_of
+from vera_convert.lora.options import LoraOptions
+from vera_convert.lora.plan import LoraLayer, LoraPlan, plan_lora
+from vera_convert.lora.record import LoraSource, metadata_with, record_of
 from vera_convert.lora.stored import ComputedFactors, Measured
+from vera_convert.merging.in_effect import InEffect, Origin
 from vera_convert.text import printable, read_back_differs
 
 
@@ -119,3 +126,51 @@ def require_space(needed: int, folder: Path, out: Path) -> None:
             "is to appear. Free some space there, choose an OUT on another disk, or give "
             "--dtype bfloat16 or a lower --rank."
         )
+
+
+# --- the size alone ------------------------------------------------------------------------------
+
+
+def lora_size(
+    adapter: Adapter,
+    location: Location,
+    base_facts: BaseFacts,
+    base_options: BaseOptions,
+    projections: ProjectionSource,
+) -> int | None:
+    """Return the bytes of the weights that `to-lora` writes for PEFT, exact and in float32.
+
+    Args:
+        adapter: the adapter.
+        location: where the adapter lies.
+        base_facts: the facts of the base.
+        base_options: the caller's options for the base, which the file records.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
+
+    Returns:
+        The bytes; None if the sizes of the layers or the rounding of A and B are not known.
+    """
+    pair = _pair(adapter, base_facts, projections)
+    if pair is None or not adapter.layers.keys() <= base_facts.layers.keys():
+        return None
+    options = LoraOptions(projections=projections)
+    plan, extras = plan_lora(adapter, base_facts, pair, options), extras_of(adapter)
+    files = files_of(options.target, adapter.config, plan, extras, base_facts)
+    source = LoraSource(location, adapter, pair, options, base_options)
+    record = record_of(source, plan, source_sha256=NO_SHA256)
+    return SafetensorsWeights(files, extras.stored, record, plan).file_size()
+
+
+def _pair(
+    adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource
+) -> InEffect | None:
+    """Return the origin of the A and B in effect, with a matrix of the right rank and no values."""
+    nothing = np.empty((adapter.config.r, 0), np.float32)
+    found = InEffect(nothing, nothing.T, Origin.KEY)
+    if projections is not ProjectionSource.KEY:
+        if adapter.projections is not None:
+            return replace(found, origin=Origin.FILE)
+        if adapter.fingerprint is not None:
+            return replace(found, origin=Origin.FINGERPRINT, draw=adapter.fingerprint.draw)
+    draw = draw_on_base(adapter.config, base_facts)
+    return None if draw is None else replace(found, draw=draw)
