@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -61,15 +61,7 @@ def strip(adapter: str, out: Path, options: StripOptions) -> None:
     from vera_convert.conversion.strip_embed import strip as run
     from vera_convert.formats.results import conversion_text
 
-    result = run(
-        adapter,
-        out,
-        projections=options.projections,
-        accept_change=options.accept_change,
-        force=options.force,
-        **options.inputs(),
-    )
-    show(options, result, conversion_text)
+    show(options, options.call(run, adapter, out), conversion_text)
 
 
 class EmbedOptions(DimsChoice, GeneratorChoice, ProjectionChoice, ForceChoice):
@@ -90,15 +82,7 @@ def embed(adapter: str, out: Path, options: EmbedOptions) -> None:
     from vera_convert.conversion.strip_embed import embed as run
     from vera_convert.formats.results import conversion_text
 
-    result = run(
-        adapter,
-        out,
-        generator=options.generator,
-        projections=options.projections,
-        force=options.force,
-        **options.inputs(),
-    )
-    show(options, result, conversion_text)
+    show(options, options.call(run, adapter, out), conversion_text)
 
 
 class MigrateOptions(StripOptions):
@@ -150,20 +134,10 @@ def migrate(adapter: str, out: Path, options: MigrateOptions) -> None:
 
     if options.recursive and options.revision is not None:
         raise UsageError("--recursive takes a folder, which has no --revision.")
-    shared: dict[str, Any] = {
-        "to": options.to,
-        "base": options.base_options(),
-        "projections": options.projections,
-        "accept_change": options.accept_change,
-        "peft_version": options.peft_version,
-        "force": options.force,
-        "access": options.access(),
-    }
     if options.recursive:
-        _show_tree(adapter, options, migration.migrate_tree(adapter, out, **shared))
+        _show_tree(adapter, options, options.call(migration.migrate_tree, adapter, out))
     else:
-        result = migration.migrate(adapter, out, revision=options.revision, **shared)
-        show(options, result, conversion_text)
+        show(options, options.call(migration.migrate, adapter, out), conversion_text)
 
 
 def _show_tree(tree: str, options: CommonOptions, result: TreeMigration) -> None:
@@ -231,13 +205,8 @@ def to_lora(adapter: str, out: Path, options: LoraChoices) -> None:
     from vera_convert.lora.options import LoraOptions
 
     with progress_bar(options, "written") as progress:
-        result = run(
-            adapter,
-            out,
-            options=LoraOptions(**options.shared_with(LoraOptions)),
-            progress=progress,
-            **options.inputs(),
-        )
+        record = options.record(LoraOptions)
+        result = options.call(run, adapter, out, options=record, progress=progress)
     show(options, result, lora_text)
 
 
@@ -279,17 +248,15 @@ def regenerate(out: Path, options: RegenerateOptions) -> None:
     from vera_convert.formats.results import regenerated_text
 
     of_draw = options.given(*_OF_DRAW)
-    generator = options.given("generator")
     if options.adapter is not None:
         _refuse_together("--for", of_draw)
-        inputs = options.inputs()
-        result = regenerate_for(options.adapter, out, force=options.force, **generator, **inputs)
+        result = options.call(regenerate_for, out=out)
     else:
         missing = [name for name in ("rank", "in_features", "out_features") if name not in of_draw]
         if missing:
             raise UsageError(f"{flags_of(missing)} must be given, or --for ADAPTER.")
         _refuse_together("--rank", options.given(*_OF_ADAPTER))
-        result = run(out, force=options.force, **generator, **of_draw)
+        result = run(out, force=options.force, **options.given("generator"), **of_draw)
     show(options, result, regenerated_text)
 
 

@@ -49,8 +49,7 @@ def info(adapter: str, options: InfoOptions) -> None:
     from vera_convert.formats.results import info_text
     from vera_convert.summary import info as summarize
 
-    result = summarize(adapter, projections=options.projections, **options.inputs())
-    show(options, result, info_text)
+    show(options, options.call(summarize, adapter), info_text)
 
 
 class ValidateOptions(AdapterOptions):
@@ -139,15 +138,12 @@ def _validated(adapters: tuple[str, ...], options: ValidateOptions) -> Validatio
     settings = read_settings(Path.cwd())
     select = [code for codes in options.select for code in codes]
     ignore = [code for codes in options.ignore for code in codes]
-    fail_on = options.fail_on or settings.fail_on
-    return run(
+    return options.call(
+        run,
         adapters,
-        recursive=options.recursive,
-        deep=options.deep,
         select=select or settings.select,
         ignore=[*settings.ignore, *ignore],
-        fail_on=fail_on or Severity.ERROR,
-        **options.inputs(),
+        fail_on=options.fail_on or settings.fail_on or Severity.ERROR,
     )
 
 

@@ -79,13 +79,8 @@ def merge(adapter: str, out: Path, options: MergeChoices) -> None:
     from vera_convert.merging.options import MergeOptions
 
     with _telling_how_to_continue(), progress_bar(options, "merged") as progress:
-        result = run(
-            adapter,
-            out,
-            options=MergeOptions(**options.shared_with(MergeOptions)),
-            progress=progress,
-            **options.inputs(),
-        )
+        record = options.record(MergeOptions)
+        result = options.call(run, adapter, out, options=record, progress=progress)
     show(options, result, merge_text)
 
 
@@ -176,16 +171,8 @@ def verify(adapter: str, options: VerifyChoices) -> None:
         progress_bar(options, "compared") as progress,
         progress_bar(options, "models run", unit="run") as runs,
     ):
-        result = run(
-            adapter,
-            other=options.other,
-            merged=options.merged,
-            lora=options.lora,
-            options=VerifyOptions(**options.shared_with(VerifyOptions)),
-            progress=progress,
-            runs=runs,
-            **options.inputs(),
-        )
+        record = options.record(VerifyOptions)
+        result = options.call(run, adapter, options=record, progress=progress, runs=runs)
     show(options, result, verification_text)
     if result.errors:
         first = result.errors[0]

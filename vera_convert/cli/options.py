@@ -7,10 +7,11 @@ options of a single command stand beside the command.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
@@ -36,6 +37,8 @@ TITLES = (INPUT, PROJECTIONS, METHOD, LORA, CHECK, OUTPUT, HUB, DISPLAY)
 _TYPES = {"int": click.INT, "float": click.FLOAT, "Path": click.Path(path_type=Path)}
 """The type of an option, by the annotation."""
 SOURCES = Choice(("auto", "file", "key"))
+
+Result = TypeVar("Result")
 
 
 class Declared(NamedTuple):
@@ -74,9 +77,10 @@ class Options:
             name: getattr(self, name) for name in names if getattr(self, name) not in (None, ())
         }
 
-    def shared_with(self, record: type[Any]) -> dict[str, Any]:
-        """Return the values that a user gave for the fields of a dataclass, by the field's name."""
-        return self.given(*(self.__dict__.keys() & record.__dataclass_fields__.keys()))
+    def record(self, kind: Callable[..., Result]) -> Result:
+        """Return a dataclass with the values that a user gave for the fields of the same names."""
+        fields = inspect.signature(kind).parameters
+        return kind(**self.given(*(name for name in fields if name in vars(self))))
 
 
 def listed_choices(choices: Iterable[str]) -> str:
@@ -178,13 +182,21 @@ class CommonOptions(Options):
             progress=self.progress is not False and not self.quiet,
         )
 
+    def values(self) -> dict[str, Any]:
+        """Return the values of all options, as the library's functions take the values."""
+        return {**vars(self), "access": self.access()}
 
-class Inputs(TypedDict):
-    """The arguments of the library's functions that read an adapter."""
+    def call(self, function: Callable[..., Result], *arguments: object, **more: object) -> Result:
+        """Call a function of the library; pass each option to the parameter of the same name.
 
-    base: BaseOptions
-    revision: str | None
-    access: HubAccess
+        Args:
+            function: the function.
+            arguments: the arguments before the options.
+            more: further arguments, also in place of an option of the same name.
+        """
+        values = {**self.values(), **more}
+        parameters = inspect.signature(function).parameters
+        return function(*arguments, **{name: values[name] for name in parameters if name in values})
 
 
 class AdapterOptions(CommonOptions):
@@ -223,9 +235,9 @@ class AdapterOptions(CommonOptions):
             key_map=self.key_map,
         )
 
-    def inputs(self) -> Inputs:
-        """Return the arguments that every function takes which reads an adapter."""
-        return {"base": self.base_options(), "revision": self.revision, "access": self.access()}
+    def values(self) -> dict[str, Any]:
+        """Return the values of all options; a base is a record of the library."""
+        return {**super().values(), "base": self.base_options()}
 
 
 class DimsChoice(AdapterOptions):
