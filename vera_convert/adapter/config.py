@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.json_edit import edited_object
 from vera_convert.files.reading import ByteSource
-from vera_convert.files.strict_json import parse_json, read_json
+from vera_convert.files.strict_json import json_kind, parse_json, read_json
 from vera_convert.rules import Finding, errors_of
 from vera_convert.text import printable
 
@@ -177,7 +177,7 @@ def parse_config(text: bytes, *, place: str) -> ConfigFile:
 
 def _from_document(document: object, text: bytes, place: str) -> ConfigFile:
     if not isinstance(document, dict):
-        reason = f"it holds {_json_kind(document)} at its top level."
+        reason = f"it holds {json_kind(document)} at its top level."
         raise CheckpointError(rules.CONFIG_NOT_OBJECT.in_file(place, reason))
     if len(document) > MAX_FIELDS:
         raise CheckpointError(rules.FIELD_RANGE.in_file(place, f"it has {len(document):,} fields."))
@@ -215,18 +215,6 @@ def _is_unknown(name: str) -> bool:
     return name not in FIELDS and name != "peft_type"
 
 
-def _json_kind(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
-        (str, "a text"),
-        (list, "a list"),
-        (dict, "an object"),
-        ((int, float), "a number"),
-    )
-    return next((name for kind, name in kinds if isinstance(value, kind)), "null")
-
-
 _DIALECTS = {
     "LORA": "a LoRA adapter",
     "PVERA": "an adapter of PVeRA, another method of PEFT",
@@ -257,7 +245,7 @@ def _what_else(document: dict[str, object]) -> str:
         spelled = " (PEFT reads capitals only)" if kind.upper() == "VERA" else ""
         return f'peft_type is "{printable(kind)}", not "VERA"{spelled}.'
     if kind is not None:
-        return f"peft_type is {_json_kind(kind)} where the text VERA is expected."
+        return f"peft_type is {json_kind(kind)} where the text VERA is expected."
     state = "null" if "peft_type" in document else "missing"
     if isinstance(document.get("config"), dict):  # it has a model_type as well
         return f"peft_type is {state}; it looks like a config of AdapterHub's adapters library."
@@ -269,68 +257,54 @@ def _what_else(document: dict[str, object]) -> str:
 # --- the fields one by one -----------------------------------------------------------------------
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+_FORMS = {bool: "flag", int: "whole", float: "number", str: "text", dict: "object"}
 
 
-def _is_list_of(fits: Callable[[object], bool], value: object) -> bool:
-    return isinstance(value, list) and all(map(fits, value))
+def _form(value: object) -> str:
+    """Return the form of a JSON value for `_TYPES`; of a list, the forms of its items."""
+    if isinstance(value, list):
+        return f"[{' '.join(sorted({*map(_form, value)}))}]"
+    return _FORMS.get(type(value), "null")
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_name_or_names(value: object) -> bool:
-    return value is None or _is_text(value) or _is_list_of(_is_text, value)
-
-
-_TYPES: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
-    ("r", "a whole number", _is_int),
-    ("target_modules", "a list of names, a regular expression or null", _is_name_or_names),
-    ("layers_pattern", "a name, a list of names or null", _is_name_or_names),
+_TYPES = (
+    ("r", "a whole number", ("whole",)),
     (
-        "modules_to_save",
-        "a list of names or null",
-        lambda value: value is None or _is_list_of(_is_text, value),
+        "target_modules",
+        "a list of names, a regular expression or null",
+        ("[text]", "[]", "text", "null"),
     ),
+    ("layers_pattern", "a name, a list of names or null", ("[text]", "[]", "text", "null")),
+    ("modules_to_save", "a list of names or null", ("[text]", "[]", "null")),
     (
         "layers_to_transform",
         "a whole number, a list of them or null",
-        lambda value: value is None or _is_int(value) or _is_list_of(_is_int, value),
+        ("whole", "[whole]", "[]", "null"),
     ),
-    (
-        "save_projection fan_in_fan_out init_weights inference_mode",
-        "true or false",
-        lambda value: isinstance(value, bool),
-    ),
-    (
-        "vera_dropout d_initial",
-        "a number",
-        lambda value: isinstance(value, float) or _is_int(value),
-    ),
-    ("bias", "a text", _is_text),
+    ("save_projection fan_in_fan_out init_weights inference_mode", "true or false", ("flag",)),
+    ("vera_dropout d_initial", "a number", ("number", "whole")),
+    ("bias", "a text", ("text",)),
     (
         "task_type base_model_name_or_path revision peft_version",
         "a text or null",
-        lambda value: value is None or _is_text(value),
+        ("text", "null"),
     ),
-    ("auto_mapping", "an object or null", lambda value: value is None or isinstance(value, dict)),
+    ("auto_mapping", "an object or null", ("object", "null")),
 )
-"""The fields, the type of their values in words, and a test of the type."""
+"""The fields, the expected values in words, and the forms of these values."""
 
 
 def _field_findings(document: Mapping[str, object], place: str) -> Iterator[tuple[str, Finding]]:
     """Yield each field of a wrong type, with a finding."""
-    for names, expected, fits in _TYPES:
+    for names, expected, forms in _TYPES:
         for name in names.split():
-            if name in document and not fits(document[name]):
-                reason = f"{name} is {_json_kind(document[name])} where {expected} is expected."
+            if name in document and _form(document[name]) not in forms:
+                reason = f"{name} is {json_kind(document[name])} where {expected} is expected."
                 yield name, rules.FIELD_TYPE.in_file(place, reason)
     name = "projection_prng_key"
     key = document.get(name, 0)
     if not isinstance(key, int) or isinstance(key, bool):
-        shown, kind = printable(json.dumps(key)), _json_kind(key)
+        shown, kind = printable(json.dumps(key)), json_kind(key)
         said = shown if shown == kind else f"{shown}, {kind}"
         yield name, rules.KEY_INVALID.in_file(place, f"{name} is {said}.")
     elif key not in KEY_RANGE:

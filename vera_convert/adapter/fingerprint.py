@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from vera_convert import rules
@@ -95,55 +94,53 @@ def from_text(text: str, *, place: str) -> Fingerprint:
         reason = error.findings[0].reason
     if reason is not None or not isinstance(document, dict):
         raise CheckpointError(rules.FINGERPRINT_MALFORMED.at(place, reason or ""))
-    values = {name: document[name] for name in _CHECKS}
+    values = {name: document[name] for name in _ALLOWED}
     values["variant"] = Variant(values["variant"])
     values["rounding"] = Rounding(values["rounding"])
     return Fingerprint(**values)
 
 
-def _between(low: int, high: int) -> tuple[Callable[[object], bool], str]:
-    return (
-        lambda value: (
-            isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-        ),
-        f"a whole number from {low} to {high}",
-    )
-
-
-def _one_of(*known: str) -> tuple[Callable[[object], bool], str]:
-    return lambda value: value in known, f"one of {', '.join(known)}"
-
-
-_SHA256 = (
-    lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
-    "a SHA-256 in hex",
-)
-_CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "variant": _one_of(*Variant),
-    "key": _between(KEY_RANGE.start, KEY_RANGE.stop - 1),
-    "rank": _between(1, MAX_RANK),
-    "in_features": _between(1, MAX_FEATURES),
-    "out_features": _between(1, MAX_FEATURES),
-    "drawn_in_features": _between(1, MAX_FEATURES),
-    "drawn_out_features": _between(1, MAX_FEATURES),
-    "rounding": _one_of(*Rounding),
-    "dtype": _one_of(*PRECISION),
-    "sha256_A": _SHA256,
-    "sha256_B": _SHA256,
+_SIZES = range(1, MAX_FEATURES + 1)
+_ALLOWED: dict[str, range | tuple[str, ...]] = {
+    "variant": (*Variant,),
+    "key": KEY_RANGE,
+    "rank": range(1, MAX_RANK + 1),
+    "in_features": _SIZES,
+    "out_features": _SIZES,
+    "drawn_in_features": _SIZES,
+    "drawn_out_features": _SIZES,
+    "rounding": (*Rounding,),
+    "dtype": (*PRECISION,),
+    "sha256_A": (),
+    "sha256_B": (),
 }
+"""The fields with the allowed values; the two hashes can have any value."""
+
+
+def _expected(value: object, allowed: range | tuple[str, ...]) -> str:
+    """Return the allowed values in words if a value is none of these; else an empty text."""
+    if isinstance(allowed, range):
+        fits = type(value) is int and value in allowed
+        words = f"a whole number from {allowed.start} to {allowed.stop - 1}"
+    elif allowed:
+        fits, words = value in allowed, f"one of {', '.join(allowed)}"
+    else:
+        fits = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+        words = "a SHA-256 in hex"
+    return "" if fits else words
 
 
 def _defect(document: object) -> str | None:
     """Describe the defect of a fingerprint's JSON in one sentence; None for a sound record."""
     if not isinstance(document, dict):
         return "it is not a JSON object."
-    if not _between(FORMAT, FORMAT)[0](document.get("format")):
+    if _expected(document.get("format"), range(FORMAT, FORMAT + 1)):
         shown = printable(json.dumps(document.get("format")))
         return f"its format is {shown}; this version reads format {FORMAT}."
-    if document.keys() != {"format", *_CHECKS}:
-        return f"its fields are not exactly format, {', '.join(_CHECKS)}."
-    for name, (fits, expected) in _CHECKS.items():
-        if not fits(document[name]):
+    if document.keys() != {"format", *_ALLOWED}:
+        return f"its fields are not exactly format, {', '.join(_ALLOWED)}."
+    for name, allowed in _ALLOWED.items():
+        if expected := _expected(document[name], allowed):
             return f"{name} is not {expected}."
     for side in ("in_features", "out_features"):
         if document[side] > document[f"drawn_{side}"]:

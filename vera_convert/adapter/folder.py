@@ -87,33 +87,29 @@ def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
         not_fetched: files left on the Hub; the cache can hold some of the files by chance.
     """
     copied, left_out = [], []
-    outside: list[str] = []
-    adapters: list[str] = []
-    names = _regular_files(folder, adapters, outside)
+    names, outside, adapters = _sorted_entries(folder)
     modules = module_folders(names)
-    for name in names:
-        if name in not_fetched:
-            continue
+    for name in sorted(names - {CONFIG_NAME, WEIGHTS_NAME, *not_fetched}):
         if is_left_out(name, modules):
             left_out.append(name)
-        elif name not in (CONFIG_NAME, WEIGHTS_NAME):
-            try:
-                open_local(folder / name, within=folder).close()
-            except CheckpointError:
-                outside.append(name)
-            else:
-                copied.append(name)
+            continue
+        try:
+            open_local(folder / name, within=folder).close()
+        except CheckpointError:
+            outside.append(name)
+        else:
+            copied.append(name)
     unfollowed = tuple(sorted(outside))
     return SideFiles(tuple(copied), (*left_out, *not_fetched), unfollowed, tuple(adapters))
 
 
-def _regular_files(root: Path, adapters: list[str], links: list[str]) -> list[str]:
-    """Return the regular files below a folder, links to files included, in sorted order.
+def _sorted_entries(root: Path) -> tuple[set[str], list[str], list[str]]:
+    """Return the entries below a folder: regular files, links elsewhere, and adapters' folders.
 
-    Subfolders that are adapters are added to `adapters` and not entered. Links to folders or to
-    nowhere are added to `links`.
+    Links to regular files are regular files; other links lead to folders or to nowhere. A subfolder
+    that is an adapter is not entered.
     """
-    found = []
+    files, links, adapters = set(), [], []
     for folder in walk(root):
         for entry in [*folder.entries]:
             name = folder.path_of(entry)
@@ -122,10 +118,10 @@ def _regular_files(root: Path, adapters: list[str], links: list[str]) -> list[st
                     adapters.append(name)
                     folder.entries.remove(entry)
             elif is_regular(entry):
-                found.append(name)
+                files.add(name)
             elif entry.is_symlink():
                 links.append(name)
-    return sorted(found)
+    return files, links, adapters
 
 
 def adapters_below(

@@ -22,7 +22,7 @@ from vera_convert import rules
 from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import ByteSource
-from vera_convert.files.strict_json import parse_json
+from vera_convert.files.strict_json import json_kind, parse_json
 from vera_convert.rules import Finding, Rule
 from vera_convert.text import printable
 
@@ -266,18 +266,13 @@ def _cut_plain(data: bytes) -> tuple[bytes, list[TensorInfo]]:
 
 def _metadata(value: object, defects: _Defects) -> dict[str, str]:
     if not isinstance(value, dict):
-        defects.add(rules.METADATA_FORM, f"{_METADATA_KEY} is {_kind(value)}.")
+        defects.add(rules.METADATA_FORM, f"{_METADATA_KEY} is {json_kind(value)}.")
         return {}
     for key, text in value.items():
         if not isinstance(text, str):
-            reason = f'its key "{printable(key)}" has {_kind(text)} as value.'
+            reason = f'its key "{printable(key)}" has {json_kind(text)} as value.'
             defects.add(rules.METADATA_FORM, reason)
     return value
-
-
-def _kind(value: object) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return "null" if value is None else kinds.get(type(value), "a number")
 
 
 def _tensors(document: Mapping[str, Any], defects: _Defects) -> list[TensorInfo]:
@@ -297,7 +292,7 @@ def _tensors(document: Mapping[str, Any], defects: _Defects) -> list[TensorInfo]
 def _wrong_fields(entry: object) -> Iterator[tuple[Rule, str]]:
     """Yield each defect of the fields of an entry."""
     if not isinstance(entry, dict):
-        yield rules.ENTRY_FORM, f"is {_kind(entry)}."
+        yield rules.ENTRY_FORM, f"is {json_kind(entry)}."
         return
     if entry.keys() != _FIELDS:
         for field in sorted(_FIELDS - entry.keys()):

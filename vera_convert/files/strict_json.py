@@ -98,6 +98,16 @@ def parse_json(
     return value
 
 
+_KINDS = {str: "a text", list: "a list", dict: "an object", type(None): "null"}
+
+
+def json_kind(value: object) -> str:
+    """Return the kind of a JSON value in words: ``a text``, or ``true`` for True itself."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return _KINDS.get(type(value), "a number")
+
+
 def _decoded(data: bytes, place: str) -> str:
     if data.startswith(codecs.BOM_UTF8):
         raise CheckpointError(rules.JSON_BOM.in_file(place, "begins with the bytes EF BB BF."))
