@@ -21,7 +21,6 @@ from vera_convert.files.header import Header, TensorInfo, read_header
 from vera_convert.files.reading import ByteSource, LocalFile
 from vera_convert.files.shards import (
     PIPELINE,
-    WeightFiles,
     find_weights,
     index_findings,
     named_weights,
@@ -143,10 +142,11 @@ def read_base(location: Location, access: HubAccess, *, component: str = "") -> 
     if weights.index is not None:
         weight_map = source.read_index(weights.index)
         require_shards(set(weight_map.values()), names, place=location.label)
-    files = source.read_headers(_files(weights, weight_map))
+    shards = {*weight_map.values()} if weight_map is not None else {weights.single or ""}
+    files = source.read_headers(sorted(shards))
     if weight_map is not None:
-        shards = {file: header.tensors.keys() for file, header in files.items()}
-        refuse(index_findings(weight_map, shards, place=location.label))
+        stored = {file: header.tensors.keys() for file, header in files.items()}
+        refuse(index_findings(weight_map, stored, place=location.label))
     tensors = {
         name: BaseTensor(file, info)
         for file, header in files.items()
@@ -252,12 +252,6 @@ def _with_floats(value: object) -> object:
     if len(value) == 1 and isinstance(tag, str) and tag in NOT_FINITE:
         return NOT_FINITE[tag]
     return {name: _with_floats(item) for name, item in value.items()}
-
-
-def _files(weights: WeightFiles, weight_map: Mapping[str, str] | None) -> list[str]:
-    if weight_map is not None:
-        return sorted(set(weight_map.values()))
-    return [weights.single] if weights.single is not None else []
 
 
 class _Range(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from vera_convert import rules
 from vera_convert.base.model import BaseModel
 from vera_convert.files.file_names import CARD_NAME, is_strange, is_training_state
-from vera_convert.files.json_edit import edited_member, edited_object
+from vera_convert.files.json_edit import edited_member
 from vera_convert.files.shards import PIPELINE
 from vera_convert.rules import Finding
 from vera_convert.text import printable
@@ -144,7 +144,7 @@ def untied(text: bytes, config: Mapping[str, object]) -> bytes:
     for name, part in config.items():
         if isinstance(part, Mapping) and (name in _TEXT_MODELS or part.get(field) is not None):
             text = edited_member(text, (name, field), value=False)
-    return edited_object(text, {field: False})
+    return edited_member(text, (field,), value=False)
 
 
 def of_dtype(text: bytes, config: Mapping[str, object], dtype: str) -> bytes:

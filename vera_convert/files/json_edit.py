@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from json.decoder import scanstring  # type: ignore[attr-defined]
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
+class _Member(NamedTuple):
     """One member of the top-level object, with positions in the text."""
 
     name: str
@@ -21,20 +20,18 @@ class _Member:
 def edited_object(
     text: bytes, changes: Mapping[str, object], remove: frozenset[str] = frozenset()
 ) -> bytes:
-    """Return a JSON object's text with members set or removed, and every other byte kept.
-
-    A new member is added at the end, in the style of the others.
-    """
-    content = text.decode()
+    """Return a JSON object's text with members set or removed, and every other byte kept."""
     for name in remove:
-        content = _without(content, name)
+        text = removed_member(text, (name,))
     for name, value in changes.items():
-        content = _with(content, name, json.dumps(value))
-    return content.encode()
+        text = edited_member(text, (name,), value)
+    return text
 
 
 def edited_member(text: bytes, path: Sequence[str], value: object) -> bytes:
-    """Return a JSON object's text with the member at `path` set.
+    """Return a JSON object's text with the member at `path` set, and every other byte kept.
+
+    A new member is added at the end, in the style of the others.
 
     Raises:
         KeyError: an object on the path is missing.
@@ -43,7 +40,7 @@ def edited_member(text: bytes, path: Sequence[str], value: object) -> bytes:
 
 
 def removed_member(text: bytes, path: Sequence[str]) -> bytes:
-    """Return a JSON object's text without the member at `path`.
+    """Return a JSON object's text without the member at `path`, and every other byte kept.
 
     Raises:
         KeyError: an object on the path is missing.
@@ -55,17 +52,11 @@ def _edited(text: bytes, path: Sequence[str], edit: Callable[[str, str], str]) -
     """Edit the object around a member, with the text of the object and the member's name."""
     *through, name = path
     content = text.decode()
-    start, end = _span(content, through)
-    return (content[:start] + edit(content[start:end], name) + content[end:]).encode()
-
-
-def _span(content: str, through: Sequence[str]) -> tuple[int, int]:
-    """Return where the object begins and ends that names lead to, from the outermost on."""
     start, end = 0, len(content)
     for outer in through:
         spans = {member.name: member for member in _members(content[start:end])}
         start, end = start + spans[outer].value_start, start + spans[outer].value_end
-    return start, end
+    return (content[:start] + edit(content[start:end], name) + content[end:]).encode()
 
 
 def _with(content: str, name: str, value: str) -> str:

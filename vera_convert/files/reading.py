@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol, Self
@@ -152,8 +152,13 @@ def blocks(source: ByteSource, start: int = 0) -> Iterator[bytes]:
 
 def file_sha256(source: ByteSource, start: int = 0) -> str:
     """Return the SHA-256 of a file from a byte on, as hex."""
+    return sha256_of(blocks(source, start))
+
+
+def sha256_of(content: Iterable[bytes | memoryview]) -> str:
+    """Return the SHA-256 of blocks of bytes, as hex."""
     digest = sha256()
-    for block in blocks(source, start):
+    for block in content:
         digest.update(block)
     return digest.hexdigest()
 

@@ -17,14 +17,17 @@ PIPELINE = "model_index.json"
 """A file in the root of a diffusers pipeline, whose components are folders."""
 _MAIN_COMPONENT = re.compile(r"(transformer|unet)(_\d+)?/")
 """The components of a pipeline to use if the adapter fits several."""
-STEMS = ("model", "diffusion_pytorch_model")
-"""The stems of weight files in transformers and diffusers, in the order of preference."""
-
 REDIRECTION = "transformers_weights"
 """The field of a config that names the file or the index of the weights."""
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+_USUAL = tuple(
+    stem + suffix
+    for stem in ("model", "diffusion_pytorch_model")
+    for suffix in (INDEX_SUFFIX, SUFFIX)
+)
+"""The names of weights in transformers and diffusers, in the order of preference."""
 _OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite", ".npz", ".pte", ".mlmodel")
 _VARIANT = re.compile(
     r"(?:model|diffusion_pytorch_model)\.([^.-]+)(?:-\d{1,9}-of-\d{1,9})?"
@@ -51,6 +54,12 @@ class WeightFiles:
     prefix: str
     index: str | None
     single: str | None
+
+    @classmethod
+    def of(cls, file: str, prefix: str = "") -> WeightFiles:
+        """Return the weights behind a file, which is an index or the single file."""
+        is_index = file.endswith(INDEX_SUFFIX)
+        return cls(prefix, file if is_index else None, None if is_index else file)
 
 
 def component_folders(names: Collection[str]) -> tuple[str, ...]:
@@ -88,31 +97,29 @@ def find_weights(
     prefix = component or _main_component(names, place)
     top = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     top = {name for name in top if "/" not in name}
-    for stem in STEMS:
-        if stem + INDEX_SUFFIX in top:
-            return WeightFiles(prefix, prefix + stem + INDEX_SUFFIX, None)
-        if stem + SUFFIX in top:
-            return WeightFiles(prefix, None, prefix + stem + SUFFIX)
+    usual = next((name for name in _USUAL if name in top), None)
+    if usual is not None:
+        return WeightFiles.of(prefix + usual, prefix)
     indexes = sorted(name for name in top if name.endswith(INDEX_SUFFIX))
     singles = sorted(
         name for name in top if name.endswith(SUFFIX) and not name.startswith("adapter_model")
     )
     if not singles and not indexes:
-        below = () if prefix else _folders_with_weights(names)
+        paths = () if prefix else map(PurePosixPath, names)
+        below = sorted({str(path.parent) for path in paths if path.name in _USUAL} - {"."})
         raise CheckpointError(_why_none(top, place + "/" + prefix if prefix else place, below))
     other_loader = _for_other_loaders(top, indexes or singles, place=place)
     if other_loader is not None:
         raise CheckpointError(other_loader)
     if len(indexes) == 1:
-        return WeightFiles(prefix, prefix + indexes[0], None)
+        return WeightFiles.of(prefix + indexes[0], prefix)
     lone = _SHARD.fullmatch(singles[0]) if len(singles) == 1 else None
     if indexes or len(singles) > 1 or (lone is not None and int(lone[1]) != 1):
         found = ", ".join(map(printable, (indexes or singles)[:3]))
         found += ", …" if len(indexes or singles) > 3 else ""
-        raise CheckpointError(
-            rules.BASE_AMBIGUOUS.at(place, f"there is {found}, and no index for all.")
-        )
-    return WeightFiles(prefix, None, prefix + singles[0])
+        reason = f"there is {found}, and no index for all."
+        raise CheckpointError(rules.BASE_AMBIGUOUS.at(place, reason))
+    return WeightFiles.of(prefix + singles[0], prefix)
 
 
 def _for_other_loaders(top: Collection[str], found: Sequence[str], *, place: str) -> Finding | None:
@@ -124,9 +131,8 @@ def _for_other_loaders(top: Collection[str], found: Sequence[str], *, place: str
         place: the folder's name for messages.
     """
     if all(map(_MISTRAL.fullmatch, found)):
-        return rules.BASE_FOR_MISTRAL.at(
-            place, f"there is {listed(found, 1)}, and no model.safetensors."
-        )
+        reason = f"there is {listed(found, 1)}, and no model.safetensors."
+        return rules.BASE_FOR_MISTRAL.at(place, reason)
     if not all(map(_VARIANT.fullmatch, found)):
         return None
     variants = sorted({match[1] for name in top if (match := _VARIANT.fullmatch(name))})
@@ -150,8 +156,7 @@ def _named(named: str, names: Collection[str], *, place: str) -> WeightFiles:
     file = str(clean_name(named, place=f"{place}/config.json"))
     if file not in names:
         raise CheckpointError(rules.SHARD_MISSING.at(place, f"{printable(file)} is not there."))
-    is_index = file.endswith(INDEX_SUFFIX)
-    return WeightFiles("", file if is_index else None, None if is_index else file)
+    return WeightFiles.of(file)
 
 
 def _main_component(names: Collection[str], place: str) -> str:
@@ -162,29 +167,22 @@ def _main_component(names: Collection[str], place: str) -> str:
     return found[0] if found else ""
 
 
-def _folders_with_weights(names: Collection[str]) -> tuple[str, ...]:
-    """Return the subfolders that hold a model, such as ``0_Transformer``."""
-    wanted = {stem + suffix for stem in STEMS for suffix in (INDEX_SUFFIX, SUFFIX)}
-    found = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] in wanted}
-    return tuple(sorted(found - {""}))
-
-
 def _why_none(top: Collection[str], place: str, below: Sequence[str]) -> Finding:
     """Return the finding about a folder without safetensors weights."""
     if CONFIG_NAME in top:
         return rules.BASE_IS_ADAPTER.at(place, f"there is {CONFIG_NAME} and no model.")
     pickled = sorted(name for name in top if is_pickle(name) and not name.startswith(_TRAINING))
     if pickled:
-        return rules.BASE_PICKLED.at(
-            place, f"there is {printable(pickled[0])} and no safetensors file."
-        )
+        reason = f"there is {printable(pickled[0])} and no safetensors file."
+        return rules.BASE_PICKLED.at(place, reason)
     other = sorted(name for name in top if name.lower().endswith(_OTHER_FORMATS))
     if other:
         return rules.BASE_OTHER_FORMAT.at(place, f"there is {printable(other[0])}.")
     if below:
         reason = f"the weights lie in {listed(below)}: pass {place}/{printable(below[0])}."
-        return rules.BASE_WITHOUT_WEIGHTS.at(place, reason)
-    return rules.BASE_WITHOUT_WEIGHTS.at(place, "there is no model.safetensors and no index.")
+    else:
+        reason = "there is no model.safetensors and no index."
+    return rules.BASE_WITHOUT_WEIGHTS.at(place, reason)
 
 
 def read_weight_map(document: object, index: str, *, place: str) -> dict[str, str]:
@@ -215,9 +213,8 @@ def read_weight_map(document: object, index: str, *, place: str) -> dict[str, st
 def require_shards(files: Collection[str], names: Collection[str], *, place: str) -> None:
     """Raise `CheckpointError` with each file of an index that is missing in `names`."""
     missing = sorted(set(files).difference(names))
-    refuse(
-        rules.SHARD_MISSING.at(place, f"{printable(file)} is not there.") for file in missing[:50]
-    )
+    reasons = (f"{printable(file)} is not there." for file in missing[:50])
+    refuse(rules.SHARD_MISSING.at(place, reason) for reason in reasons)
 
 
 def stray_weights(
@@ -266,15 +263,12 @@ def index_findings(
         rules.TENSOR_NOT_IN_INDEX: [name for name in files_of if name not in weight_map],
         rules.TENSOR_IN_TWO_SHARDS: [name for name, files in files_of.items() if len(files) > 1],
     }
-    return [
-        rule.at(
-            place,
-            f'"{printable(names[0])}"{and_more(len(names) - 1)}'
-            f"{_where(names[0], weight_map, files_of)}.",
-        )
-        for rule, names in groups.items()
-        if names
-    ]
+    found = []
+    for rule, names in groups.items():
+        if names:
+            first = f'"{printable(names[0])}"{and_more(len(names) - 1)}'
+            found.append(rule.at(place, f"{first}{_where(names[0], weight_map, files_of)}."))
+    return found
 
 
 def _where(tensor: str, weight_map: Mapping[str, str], files_of: Mapping[str, list[str]]) -> str:

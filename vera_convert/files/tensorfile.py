@@ -19,7 +19,7 @@ from vera_convert.dtypes import BITS, NAMES
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME, is_pickle
 from vera_convert.files.header import header_bytes, in_order, read_header
-from vera_convert.files.reading import ByteSource
+from vera_convert.files.reading import ByteSource, sha256_of
 from vera_convert.progress import counter
 from vera_convert.rules import Finding
 from vera_convert.text import printable
@@ -102,10 +102,7 @@ class TensorData(NamedTuple):
 
     def sha256(self) -> str:
         """Return the SHA-256 of the bytes, as hex."""
-        digest = hashlib.sha256()
-        for block in self.blocks():
-            digest.update(block)
-        return digest.hexdigest()
+        return sha256_of(self.blocks())
 
     def array(self) -> Array:
         """Return the values as a new array of the tensor's dtype.
@@ -117,13 +114,10 @@ class TensorData(NamedTuple):
         if dtype is None:
             reason = f"its dtype is {self.dtype}, which NumPy lacks."
             raise CheckpointError(rules.TENSOR_DTYPE.at(f'tensor "{printable(self.name)}"', reason))
-        raw = np.empty(self.nbytes, np.uint8)
-        done = 0
+        raw = bytearray()
         for block in self.blocks():
-            values = np.frombuffer(block, np.uint8)
-            raw[done : done + values.size] = values
-            done += values.size
-        return raw.view(dtype).reshape(self.shape)
+            raw += block
+        return np.frombuffer(raw, dtype).reshape(self.shape)
 
 
 def from_array(name: str, array: Array, dtype: str | None = None) -> TensorData:
