@@ -1,13 +1,35 @@
-"""The bases of one run, each looked up and read once."""
+"""The bases of one run, each looked up and read once, and the component of a pipeline.
+
+A pipeline of diffusers holds several models, each in a folder, and an adapter's file leaves the
+model unnamed. The layers decide: an adapter fits the component with a tensor of the right shape for
+each layer of the adapter. Wan 2.2 has two transformers with equal layers, and other pipelines have
+two equal text encoders. An adapter with several fitting components is refused, because a guess
+could add the deltas to the wrong model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
-from vera_convert.base.model import BaseModel, read_base
-from vera_convert.errors import VeraConvertError
-from vera_convert.hub.lookup import HubAccess, Location, NamedBase, base_from_config, locate
+from vera_convert import rules
+from vera_convert.base.match import Match
+from vera_convert.base.model import BaseModel, listed_components, read_base
+from vera_convert.errors import CheckpointError, VeraConvertError
+from vera_convert.files.shards import component_folders, kind_of_component
+from vera_convert.hub.lookup import (
+    HubAccess,
+    Location,
+    NamedBase,
+    base_from_config,
+    list_files,
+    locate,
+)
+from vera_convert.rules import Finding
+from vera_convert.text import printable
+
+_MAIN = ("transformer", "unet")
+"""The usual components for an adapter; an error in a usual component is reported first."""
 
 Found = TypeVar("Found")
 
@@ -56,3 +78,69 @@ class Bases:
         if isinstance(found, VeraConvertError):
             raise found
         return found
+
+
+# --- pipelines -----------------------------------------------------------------------------------
+
+
+def component_of(
+    pipeline: Location,
+    bases: Bases,
+    find: Callable[[BaseModel], Match],
+    trained_on: str | None,
+) -> tuple[BaseModel, Match]:
+    """Return the only component of a pipeline with an adapter's layers, and the match.
+
+    Args:
+        pipeline: where the pipeline of diffusers lies.
+        bases: the bases of this run.
+        find: finds the adapter's layers in a component, or raises `CheckpointError`.
+        trained_on: the base's name in the adapter's config. A path ending with a component's
+            folder decides between equal components.
+
+    Raises:
+        CheckpointError: no component or several components have the layers.
+    """
+    present = component_folders(list_files(pipeline, bases.access))
+    malformed: dict[str, CheckpointError] = {}
+    unfit: dict[str, CheckpointError] = {}
+    found: dict[str, tuple[BaseModel, Match]] = {}
+    for folder in present:
+        try:
+            base = bases.read(pipeline, folder)
+        except CheckpointError as error:
+            malformed[folder] = error
+            continue
+        try:
+            found[folder] = base, find(base)
+        except CheckpointError as error:
+            unfit[folder] = error
+    if not found:
+        errors = malformed | unfit
+        raise errors[min(errors, key=_order)]
+    own_folder = (trained_on or "").rstrip("/").rpartition("/")[2] + "/"
+    if own_folder in found:
+        return found[own_folder]
+    kinds = {kind_of_component(folder) for folder in found}
+    refused = next((each for each in malformed if kind_of_component(each) in kinds), None)
+    if refused is not None:
+        raise malformed[refused]
+    absent = listed_components(pipeline, bases.access).difference(present)
+    possible = {*found, *(folder for folder in absent if kind_of_component(folder) in kinds)}
+    if len(possible) > 1:
+        raise CheckpointError(_ambiguous(pipeline.label, possible))
+    return next(iter(found.values()))
+
+
+def _ambiguous(label: str, folders: Collection[str]) -> Finding:
+    shown = [printable(folder.rstrip("/")) for folder in sorted(folders)]
+    ways = " or ".join(f"--base {label}/{name}" for name in shown)
+    reason = (
+        f"the adapter's layers fit {' and '.join(shown)}, and the adapter does not name the "
+        f"component that it was trained on. Choose with {ways}."
+    )
+    return rules.BASE_AMBIGUOUS.at(label, reason)
+
+
+def _order(folder: str) -> tuple[bool, str]:
+    return kind_of_component(folder) not in _MAIN, folder

@@ -7,14 +7,14 @@ dimensions of A and B. An adapter without stored A and B leaves dtypes and input
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from enum import Enum, auto
+from enum import IntEnum, auto
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.base.bases import Bases
+from vera_convert.base.bases import Bases, component_of
 from vera_convert.base.casts import casts_on
-from vera_convert.base.components import Pipeline
 from vera_convert.base.dims import shared_dims
 from vera_convert.base.facts import BASE_REMEDY, BaseFacts, BaseOptions, loaded_in
 from vera_convert.base.identity import disagreements
@@ -43,8 +43,11 @@ from vera_convert.text import printable
 _MOST_NOTES = 3
 
 
-class Need(Enum):
-    """How much a command needs a base if only the adapter's config names the base."""
+class Need(IntEnum):
+    """How much a command needs a base if only the adapter's config names the base.
+
+    Each member includes the needs of the members before it.
+    """
 
     NONE = auto()
     """The command skips the search for the base."""
@@ -58,16 +61,6 @@ class Need(Enum):
     """The command needs the base's tensors; sizes alone are too little."""
     DEQUANTIZED = auto()
     """The command needs the base's tensors, and dequantizes quantized tensors."""
-
-    @property
-    def is_for_tensors(self) -> bool:
-        """Whether sizes alone are too little."""
-        return self in (Need.WHOLE, Need.DEQUANTIZED)
-
-    @property
-    def is_for_layers(self) -> bool:
-        """Whether dims alone are too little."""
-        return self is Need.SIZES or self.is_for_tensors
 
 
 def resolve_base(
@@ -132,7 +125,7 @@ class _Resolver:
             named = self.bases.named(config.base_model_name_or_path, revision)
             missing = replace(missing, source=named.reason)
             if named.location is None:
-                if self.need.is_for_layers:
+                if self.need >= Need.SIZES:
                     raise UsageError(f"{named.reason.rstrip('.')}. {missing.remedy}")
                 return missing
             facts = self._from_base(named.location)
@@ -141,7 +134,7 @@ class _Resolver:
             inside = rules.BASE_IN_FOLDER.at(self.adapter.place, named.reason)
             return replace(facts, findings=(inside, *facts.findings))
         except (AmbiguousBaseError, SurroundingsError, CheckpointError) as error:
-            is_needed = self.need is Need.VITAL or self.need.is_for_layers
+            is_needed = self.need >= Need.VITAL
             if is_needed and isinstance(error, SurroundingsError):
                 remedy = missing.size_remedy if self.need is Need.VITAL else missing.remedy
                 raise SurroundingsError(error.reason, remedy) from error
@@ -159,21 +152,21 @@ class _Resolver:
         try:
             if component_folders(list_files(location, self.bases.access)):
                 trained_on = self.adapter.config.base_model_name_or_path
-                base, match = Pipeline(location, self.bases).component_of(self._match, trained_on)
+                base, match = component_of(location, self.bases, self._match, trained_on)
             else:
                 base = self.bases.read(location)
                 match = self._match(base)
         except CheckpointError as error:
             has_no_weights = error.findings[0].rule is rules.BASE_WITHOUT_WEIGHTS
-            if has_no_weights and not self.need.is_for_tensors:
+            if has_no_weights and self.need < Need.WHOLE:
                 return self._from_config(location, error)
             if base is not None and self.need is Need.DEQUANTIZED:
                 unpacked(base).refuse_defects()  # a defect can be why layers do not fit
             are_packed = all(each.rule is rules.QUANTIZED_TARGET for each in error.findings)
-            if base is None or self.need.is_for_tensors or not are_packed:
+            if base is None or self.need >= Need.WHOLE or not are_packed:
                 raise
             return _packed(self.adapter, base, error.findings)
-        if match.refusals and self.need.is_for_tensors:
+        if match.refusals and self.need >= Need.WHOLE:
             raise CheckpointError.of(match.refusals)
         facts = _from_match(self.adapter, base, match)
         notes = [each.as_note() for each in match.refusals[:_MOST_NOTES]]
@@ -305,22 +298,17 @@ def _packed(adapter: Adapter, base: BaseModel, findings: Sequence[Finding]) -> B
     source = f"{base.location.label} packs the adapted layers, so their sizes are not known"
     if defect := unpacked(base).first_defect:
         source += f": {defect}"
+    layers: Mapping[str, Linear] = {}
+    with suppress(VeraConvertError):  # the type of the base is not known
+        _, layers = _layers_by_config(adapter, base.config, base.location)
     return BaseFacts(
         source=source,
         remedy="Pass the original 16-bit model with --base.",
         location=base.location,
         base=base,
-        layers=_layers_of_type(adapter, base),
+        layers=layers,
         findings=(*base.findings, *warnings),
     )
-
-
-def _layers_of_type(adapter: Adapter, base: BaseModel) -> Mapping[str, Linear]:
-    """Return the size of each adapted layer from the config of a known type; else empty."""
-    try:
-        return _layers_by_config(adapter, base.config, base.location)[1]
-    except VeraConvertError:
-        return {}
 
 
 def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
