@@ -19,7 +19,7 @@ PACKAGE = ROOT / "vera_convert"
 
 LAYERS = """
 _version
-text rules errors schemas dtypes delta embeddings progress float16
+text tables rules errors schemas dtypes delta embeddings progress float16
 files: reading file_names strict_json walk json_edit header tensorfile value_range shards
 arguments
 draws: generator comparison recognition
@@ -33,8 +33,8 @@ base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed
 base.quantized: mxfp4 torchao formats
 base: model side_files rename_table renames unsupported_layouts
 base.quantized: layer_settings recognize unpack targets
-base: bases orientation vocabulary strategies match resizes task_classes replacements tied own_heads
-base: components facts casts dims identity resolve
+base: orientation vocabulary strategies match bases resizes task_classes replacements tied own_heads
+base: facts casts dims identity resolve
 conversion: projections proof transforms sizes work strip_embed regeneration migration
 assembly: addends blocks input_files copying direct finisher pool writer journal
 merging: in_effect dequantize base_files adapters changes options adapter_files inputs
@@ -70,6 +70,7 @@ ORDER = in_order(LAYERS)
 GROUND = {
     "_version",
     "text",
+    "tables",
     "rules",
     "errors",
     "schemas",

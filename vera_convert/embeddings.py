@@ -8,10 +8,10 @@ two modules after a resize of the vocabulary. The two lie outside a model's numb
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
+
+from vera_convert.tables import table
 
 _HEAD = re.compile(
     r"(.*\.)?(lm_head(\.(decoder|out_proj))?|embed_out|generator_lm_head|lm_loss|vocab_projector"
@@ -38,8 +38,8 @@ _NUMBER = re.compile(r"(?:^|\.)\d+\.")
 @cache
 def _heads() -> Mapping[str, str]:
     """Return the path of the output head in files, by model type."""
-    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-    return {kind: path for path, kinds in tomllib.loads(text).items() for kind in kinds.split()}
+    by_path = table(__file__, "embeddings.toml")
+    return {kind: path for path, kinds in by_path.items() for kind in kinds.split()}
 
 
 def is_output_head(module: str, model_type: str | None = None) -> bool:

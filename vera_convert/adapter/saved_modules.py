@@ -15,32 +15,11 @@ from vera_convert.embeddings import may_be_resized
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import Finding
+from vera_convert.tables import table
 from vera_convert.text import printable
 
 _BASE_BIAS = ".base_layer.bias"
 _KNOWN_HEADS = frozenset(name for names in SAVED_BY_TASK.values() for name in names)
-_HEAD_UNKNOWN_TO_PEFT: Mapping[str, re.Pattern[str]] = {
-    "SEQ_CLS": re.compile(
-        r"(?:^|\.)(?:SelfAttention|EncDecAttention|DenseReluDense)\."  # T5
-        r"|layers\.\d+\.encoder_attn\."  # BART
-        r"|(?:^|\.)model\.encoder\.layers\.\d+\.(?:fc[12]|self_attn\.(?:out_proj|output|self\..*))$"
-        r"|transformer\.(?:attentions|ffns)\.\d"  # XLM, Flaubert
-        r"|transformer\.layer\.\d+\.ff\."  # XLNet
-        r"|perceiver\.|classification_head\.|sequence_summary\.|logits_proj$"
-    ),
-    "QUESTION_ANS": re.compile(
-        r"^model\.layers\.\d+\.(?:attn|mlp)\.(?:Wqkv|Wi|Wo)$"  # ModernBERT
-        r"|(?:lxmert|splinter|tapas|text_(?:de|en)coder|vilt|visual_bert)\."
-    ),
-}
-"""Paths of layers in classes of transformers whose head PEFT neither trains nor saves, by task."""
-_HEAD_PERHAPS_UNKNOWN: Mapping[str, re.Pattern[str]] = {
-    "SEQ_CLS": re.compile(r"(?:^|\.)model\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj$"),
-    "TOKEN_CLS": re.compile(r"^bros\."),
-    "QUESTION_ANS": re.compile(r"^transformer\.layer\.\d+\.ff\."),
-}
-"""Paths of layers that classes with a head unknown to PEFT (BART, BrosSpadeEL, XLNet) share with
-other classes (T5Gemma, Bros, XLNet with the simple head), by task."""
 _NO_HEAD = re.compile(
     r"(?:.*[._])?(?:(?:layer_?)?norm\w*|ln_\w+|pooler|\d+\..*)(?:\..*)?", re.IGNORECASE
 )
@@ -184,8 +163,7 @@ def _incomplete_modules(
     heads = declared & _KNOWN_HEADS  # a model has at most a single head
     if heads and heads.isdisjoint(stored) and not _has_other_head(saved, layers, config.task_type):
         rule = rules.MODULE_TO_SAVE_MISSING
-        unknown = _HEAD_PERHAPS_UNKNOWN.get(config.task_type or "")
-        if unknown is not None and any(map(unknown.search, layers)):
+        if _has_unknown_head("perhaps_unknown", config.task_type, layers):
             rule = rule.as_warning()
             reason += " This is right only if the model's head has another name."
         yield rule.at(printable(" or ".join(sorted(heads))), reason)
@@ -193,7 +171,12 @@ def _incomplete_modules(
 
 def _has_other_head(saved: Iterable[str], layers: Iterable[str], task: str | None) -> bool:
     """Say whether the model's head is stored under another name, or is unknown to PEFT."""
-    unknown = _HEAD_UNKNOWN_TO_PEFT.get(task or "")
     return any(
         not _NO_HEAD.fullmatch(module) and not may_be_resized(module) for module in saved
-    ) or (unknown is not None and any(map(unknown.search, layers)))
+    ) or _has_unknown_head("unknown", task, layers)
+
+
+def _has_unknown_head(section: str, task: str | None, layers: Iterable[str]) -> bool:
+    """Say whether a layer has a path that a section of ``unknown_heads.toml`` names for a task."""
+    pattern = table(__file__, "unknown_heads.toml")[section].get(task or "")
+    return pattern is not None and any(re.search(pattern, layer, re.VERBOSE) for layer in layers)

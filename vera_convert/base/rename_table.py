@@ -7,13 +7,13 @@ joined or reordered tensors.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-FAMILIES_FILE = Path(__file__).with_name("renames.toml")
+from vera_convert.tables import table
+
 CONVERSIONS_FILE = Path(__file__).with_name("conversions.txt")
 
 
@@ -42,7 +42,6 @@ class Family(NamedTuple):
 @cache
 def families() -> tuple[Family, ...]:
     """Return every family, families of whole models before families of parts."""
-    document = tomllib.loads(FAMILIES_FILE.read_text(encoding="utf-8"))
     return tuple(
         Family(
             name=entry["name"],
@@ -53,7 +52,7 @@ def families() -> tuple[Family, ...]:
             tolerated=_pairs(entry.get("tolerated", "")),
             optional=entry.get("optional", False),
         )
-        for entry in document["family"]
+        for entry in table(__file__, "renames.toml")["family"]
     )
 
 

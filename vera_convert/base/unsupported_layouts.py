@@ -7,16 +7,15 @@ a layer in a tensor of equal parts, and refuses the other layers by name.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 
 from vera_convert import rules
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import model_types
 from vera_convert.rules import Finding
+from vera_convert.tables import table
 from vera_convert.text import printable
 
 
@@ -28,15 +27,14 @@ class Layout:
         types: the model types.
         files: the end of the tensor's path, or of the name of a parameter beside ``weight``.
         memory: the ends of the paths of the layers in memory.
-        is_permuted: whether transformers reorders rows; False if transformers only cuts.
-        is_even: whether the layers have equal numbers of rows; of q, k and v, only k and v must.
+        kind: ``reordered`` if transformers reorders rows; ``cut`` if it only cuts, into layers with
+            equal numbers of rows (of q, k and v, only k and v must); ``uneven`` for other numbers.
     """
 
     types: frozenset[str]
     files: str
     memory: tuple[str, ...]
-    is_permuted: bool = False
-    is_even: bool = False
+    kind: str
 
     def first_row(self, layer: str, outputs: int, rows: int) -> int | None:
         """Return the first row of a layer in the tensor; None if the place is not known.
@@ -49,7 +47,7 @@ class Layout:
             rows: the rows of the tensor.
         """
         part, parts = self.memory.index(layer), len(self.memory)
-        if not self.is_even:
+        if self.kind != "cut":
             return None
         if parts * outputs == rows:
             return part * outputs
@@ -83,30 +81,16 @@ _FirstRow = Callable[[int, int], int | None]
 """The first row of a layer in a tensor, by the layer's outputs and the tensor's rows."""
 
 
-def _layouts(table: str, *, is_permuted: bool = False, is_even: bool = False) -> tuple[Layout, ...]:
-    """Read lines of ``types | files | memory``; ``{q,k,v}_proj`` stands for several names."""
-    rows = (line.split("|") for line in table.splitlines() if line.strip())
-    return tuple(
-        Layout(
-            frozenset(types.split()), files.strip(), _spread(memory.strip()), is_permuted, is_even
-        )
-        for types, files, memory in rows
-    )
-
-
 def _spread(text: str) -> tuple[str, ...]:
     start, _, rest = text.partition("{")
     names, _, end = rest.partition("}")
     return tuple(start + name + end for name in names.split(","))
 
 
-_TABLES = tomllib.loads(
-    Path(__file__).with_name("unsupported_layouts.toml").read_text(encoding="utf-8")
-)
-LAYOUTS = (
-    *_layouts(_TABLES["cut"], is_even=True),
-    *_layouts(_TABLES["uneven"]),
-    *_layouts(_TABLES["reordered"], is_permuted=True),
+LAYOUTS = tuple(
+    Layout(frozenset(types.split()), files.strip(), _spread(memory.strip()), kind)
+    for kind, lines in table(__file__, "unsupported_layouts.toml").items()
+    for types, files, memory in (line.split("|") for line in lines.split("\n") if line)
 )
 """The tensors cut or reordered by transformers."""
 
@@ -238,7 +222,7 @@ class Layers:
         for layout in self._layouts:
             ends = [end for end in layout.memory if f".{module}".endswith(f".{end}")]
             for name in self._ending(layout.files, like=module) if ends else ():
-                rule = rules.LAYER_REORDERED if layout.is_permuted else rules.LAYER_CUT_OUT
+                rule = rules.LAYER_REORDERED if layout.kind == "reordered" else rules.LAYER_CUT_OUT
                 reason = f'"{printable(module)}" is made from it.'
                 yield (name,), partial(layout.first_row, ends[0]), rule.at(printable(name), reason)
         start, _, last = module.rpartition(".")

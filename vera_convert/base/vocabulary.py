@@ -16,31 +16,11 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import ByteSource, open_local
 from vera_convert.files.strict_json import read_json
 from vera_convert.hub.files import TOKENIZER_LIMIT
+from vera_convert.tables import table
 
 _STACKS = ("encoder", "decoder", "text_encoder", "text_decoder")
 _IN_STACK = {"shared": "embed_tokens", "word_embeddings": "word_embeddings"}
 """The embedding in each stack of an encoder-decoder, by the last part of the shared embedding."""
-_DISTANCES = "relative_attention_bias.weight"
-_COPIES_BY_TYPE: Mapping[str, Mapping[str, str]] = {
-    "luke": {
-        "lm_head.bias": "lm_head.decoder.bias",
-        "entity_predictions.decoder.weight": "luke.entity_embeddings.entity_embeddings.weight",
-    },
-    "neomme": {
-        "unembedding_projection.weight": "model.embed_tokens.embedding_projection.weight",
-    },
-    "udop": {
-        "encoder.embed_patches.proj.weight": "patch_embed.proj.weight",
-        "encoder.embed_patches.proj.bias": "patch_embed.proj.bias",
-        **{
-            f"{stack}.relative_bias.biases.0.{_DISTANCES}": (
-                f"encoder.block.0.layer.0.SelfAttention.{_DISTANCES}"
-            )
-            for stack in ("encoder", "decoder")
-        },
-    },
-}
-"""Further tensors that a class ties with the head, by model type: the stored name by the other."""
 _DECODERS_WITHOUT_BIAS = frozenset(("bridgetower", "esm", "lxmert"))
 """Model types whose layer ``X.decoder`` has no bias: the head ``X`` adds its own bias."""
 _OF_STACK = re.compile(r"(?:^|[._])(?:en|de)coder\.")
@@ -97,7 +77,8 @@ def tied_copies(base: BaseModel) -> Iterator[tuple[str, str]]:
         if is_output_head(f"{head}.decoder", base.model_type)
         and base.model_type not in _DECODERS_WITHOUT_BIAS
     }
-    for copy, name in {**copies, **_COPIES_BY_TYPE.get(base.model_type or "", {})}.items():
+    copies |= table(__file__, "tied_copies.toml").get(base.model_type or "", {})
+    for copy, name in copies.items():
         if name in base.tensors:
             yield copy, name
 

@@ -9,17 +9,16 @@ value is refused.
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from vera_convert import rules
 from vera_convert.dtypes import HEADER_NAMES, float_name
 from vera_convert.errors import CheckpointError
+from vera_convert.tables import table
 from vera_convert.targets.linear import Linear, ModelLayers
 from vera_convert.text import printable
 
@@ -95,9 +94,8 @@ class ModelClass:
 @cache
 def families() -> Mapping[str, Mapping[str, Any]]:
     """Return the tables of ``architectures.toml`` by model type."""
-    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
     found: dict[str, dict[str, Any]] = {}
-    for model_type, own in tomllib.loads(text).items():
+    for model_type, own in table(__file__, "architectures.toml").items():
         like = found.get(own.get("like", ""), {"sizes": {}})
         found[model_type] = {**like, **own, "sizes": {**like["sizes"], **own["sizes"]}}
     return found

@@ -11,11 +11,9 @@ implementation.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -24,6 +22,7 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.arguments import NEWEST_PEFT
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME
+from vera_convert.tables import table
 from vera_convert.targets.endings import Endings
 from vera_convert.targets.linear import Linear, ModelLayers
 from vera_convert.targets.patterns import Pattern, search
@@ -93,10 +92,9 @@ def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST_PE
 @cache
 def default_targets() -> Mapping[str, tuple[str, ...] | str]:
     """Return the default targets of PEFT 0.21, by the base's model_type."""
-    text = Path(__file__).with_name("default_targets.toml").read_text(encoding="utf-8")
     return {
         kind: targets if isinstance(targets, str) else tuple(targets)
-        for kinds, targets in tomllib.loads(text).items()
+        for kinds, targets in table(__file__, "default_targets.toml").items()
         for kind in kinds.split()
     }
 

@@ -37,29 +37,13 @@ from vera_convert.base.quantized.packing import (
 )
 from vera_convert.errors import CheckpointError
 from vera_convert.files.strict_json import parse_json
+from vera_convert.tables import table
 from vera_convert.text import printable
 
 STATE = "weight.quant_state.bitsandbytes__"
 TABLES = {
-    "nf4": np.array(
-        [
-            *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-            *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-            *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
-            *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
-            *(0.7229568362236023, 1.0),
-        ],
-        np.float32,
-    ),
-    "fp4": np.array(
-        [
-            *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0),
-            *(0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
-            *(-0.0, -0.0052083334885537624, -0.6666666865348816, -1.0),
-            *(-0.3333333432674408, -0.5, -0.1666666716337204, -0.25),
-        ],
-        np.float32,
-    ),
+    kind: np.array(values, np.float32)
+    for kind, values in table(__file__, "bitsandbytes_4bit.toml").items()
 }
 _PAIRS = {kind: pair_table(table, high_first=True) for kind, table in TABLES.items()}
 _STORAGE = ("U8", "I8", "BF16", "F16", "F32")

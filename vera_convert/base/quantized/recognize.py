@@ -7,13 +7,11 @@ loader can quantize 16-bit files because of the config.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.formats import FORMATS
@@ -26,12 +24,13 @@ from vera_convert.base.quantized.layer_settings import (
 from vera_convert.base.renames import other_names
 from vera_convert.dtypes import FLOATS
 from vera_convert.embeddings import is_output_head, is_table
+from vera_convert.tables import table
 from vera_convert.text import printable
 
 CONFIG_FIELDS = ("quantization_config", "compression_config")
 """Members of a config, or of a part of the config, with settings of the quantization."""
 
-_REFUSED = tomllib.loads(Path(__file__).with_name("refused.toml").read_text(encoding="utf-8"))
+_REFUSED = table(__file__, "refused.toml")
 _METHODS: Mapping[str, str] = {each.method: each.label for each in FORMATS} | _REFUSED["methods"]
 """The name of a method for people, by its ``quant_method``; bitsandbytes has two."""
 _KEPT_FIELDS = (
