@@ -36,7 +36,7 @@ base.quantized: layer_settings recognize unpack targets
 base: orientation vocabulary strategies match bases resizes task_classes replacements tied own_heads
 base: facts casts dims identity resolve
 conversion: projections proof transforms sizes work strip_embed regeneration migration
-assembly: addends blocks input_files copying direct finisher pool writer journal
+assembly: addends blocks input_files copying direct pool finisher writer journal
 merging: in_effect dequantize base_files adapters changes options adapter_files inputs
 merging: collect plan report model_config output provenance job merge
 lora: engines options factors plan stored peft_targets pipeline_component forms checks record

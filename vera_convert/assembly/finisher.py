@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import heapq
 import os
-import queue
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Self
 
 from vera_convert.assembly.copying import OPEN_FLAGS, forget, start_writing_back
 from vera_convert.assembly.input_files import InputFile
+from vera_convert.assembly.pool import wait_for
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.reading import open_local, same_bytes
 from vera_convert.publish.signals import signals_held
@@ -26,7 +26,6 @@ _READ_BLOCK = 1 << 20
 _HASH_EVERY = 1 << 24
 """The least number of consecutive bytes to hash at a time."""
 _THREADS = 2
-_LOOK_EVERY = 0.1
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -51,15 +50,12 @@ def digest_of(data: Any) -> bytes:  # noqa: ANN401 -- anything with a buffer
     return blake2b(data, digest_size=16).digest()
 
 
-_Tasks = queue.SimpleQueue[Callable[[], None] | None]
-
-
 @dataclass(slots=True)
 class _PartialFile:
     """The progress of a file: the ranges left to hash, and all ranges if the file is compared."""
 
     path: Path
-    tasks: _Tasks
+    worker: ThreadPoolExecutor
     hashed: int = 0
     digest: Any = field(default_factory=sha256)
     waiting: list[Written] = field(default_factory=list)
@@ -90,33 +86,29 @@ class Finisher:
         self._compares = compares
         self._on_finished = on_finished
         self._failure: BaseException | None = None
-        self._queues: list[_Tasks] = [queue.SimpleQueue() for _ in range(_THREADS)]
         self._files: dict[str, _PartialFile] = {}
-        self._ended = [threading.Event() for _ in self._queues]
-        self._threads = [
-            threading.Thread(target=self._live, args=both, daemon=True)
-            for both in zip(self._queues, self._ended, strict=True)
-        ]
+        self._workers: list[ThreadPoolExecutor] = []
         try:
-            for thread in self._threads:
-                thread.start()
+            for _ in range(_THREADS):
+                self._workers.append(ThreadPoolExecutor(1))
+                self._workers[-1].submit(lambda: None)  # starts the thread
         except BaseException as error:
             self.stop(error)
             raise
 
     def begin(self, name: str, path: Path) -> None:
         """Announce a file, before the first range."""
-        self._files[name] = _PartialFile(path, self._queues[len(self._files) % _THREADS])
+        self._files[name] = _PartialFile(path, self._workers[len(self._files) % _THREADS])
 
     def written(self, name: str, part: Written) -> None:
         """Report that a range of a file has been written."""
         file = self._files[name]
-        file.tasks.put(lambda: self._take(file, part))
+        file.worker.submit(self._do, lambda: self._take(file, part))
 
     def complete(self, name: str) -> None:
         """Report that all ranges of a file have been written."""
         file = self._files[name]
-        file.tasks.put(lambda: self._finish(name, file))
+        file.worker.submit(self._do, lambda: self._finish(name, file))
 
     def raise_failure(self) -> None:
         """Raise the first error of a thread, if there is one."""
@@ -124,32 +116,20 @@ class Finisher:
             raise self._failure
 
     def close(self) -> None:
-        """Wait until all tasks are done. A signal can interrupt the waiting.
-
-        Events tell the end of each thread, because a `join` that a signal interrupts marks a
-        running thread as ended.
-        """
-        self._end()
-        for each in self._ended:
-            while not each.wait(_LOOK_EVERY):
-                pass
-        with signals_held():
-            for thread in self._threads:
-                thread.join()
+        """Wait until all tasks are done. A signal can interrupt the waiting."""
+        wait_for([worker.submit(lambda: None) for worker in self._workers])
+        self._end_threads()
 
     def stop(self, error: BaseException | None) -> None:
         """Drop the tasks that have not begun, and wait for the others. Signals are held back."""
         if self._failure is None:
             self._failure = error
-        with signals_held():
-            self._end()
-            for thread in self._threads:
-                if thread.ident is not None:
-                    thread.join()
+        self._end_threads()
 
-    def _end(self) -> None:
-        for each in self._queues:
-            each.put(None)
+    def _end_threads(self) -> None:
+        with signals_held():
+            for worker in self._workers:
+                worker.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -165,15 +145,13 @@ class Finisher:
             raise
         self.raise_failure()
 
-    def _live(self, tasks: _Tasks, ended: threading.Event) -> None:
-        while (task := tasks.get()) is not None:
-            if self._failure is not None:
-                continue
+    def _do(self, task: Callable[[], None]) -> None:
+        """Do a task, unless an earlier task failed."""
+        if self._failure is None:
             try:
                 task()
             except BaseException as error:  # noqa: BLE001 -- the waiting thread raises it
                 self._failure = error
-        ended.set()
 
     def _take(self, file: _PartialFile, part: Written) -> None:
         target = os.open(file.path, OPEN_FLAGS)

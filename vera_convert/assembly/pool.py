@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, Self, TypeVar
 
 import numpy as np
@@ -57,6 +58,18 @@ def one_blas_thread(callers: int = 1) -> threadpool_limits:
     return limit
 
 
+def wait_for(futures: Sequence[Future[None]], tell: Callable[[], None] = lambda: None) -> None:
+    """Wait until all are done, in short steps; call `tell` after each step.
+
+    A signal is held back while this thread holds the locks of the futures.
+    """
+    over = False
+    while not over:
+        with signals_held():
+            over = not wait(futures, timeout=_LOOK_EVERY).not_done
+        tell()
+
+
 class WorkerPool(Generic[Job]):
     """Threads that prepare once, all at the same time, and then do jobs.
 
@@ -76,20 +89,23 @@ class WorkerPool(Generic[Job]):
         Raises:
             BaseException: an error that `prepare` raised in a thread.
         """
-        self._prepare = prepare
-        self._changed = threading.Condition()
-        self._together = threading.Barrier(size)
-        self._jobs: Iterator[tuple[int, Job]] | None = None
-        self._ready = 0
-        self._busy = 0
+        self._size = size
         self._closed = False
-        self._failures: dict[int, BaseException] = {}
-        self._threads = [threading.Thread(target=self._live, daemon=True) for _ in range(size)]
+        self._own = threading.local()
+        self._threads = ThreadPoolExecutor(size)
+        together = threading.Barrier(size)
+
+        def start() -> None:
+            together.wait()
+            self._own.work = prepare()
+
         try:
-            for thread in self._threads:
-                thread.start()
-            self._wait(lambda: self._ready == size)
+            started = [self._threads.submit(start) for _ in range(size)]
+            wait_for(started)
+            for each in started:
+                each.result()
         except BaseException:
+            together.abort()
             self.close()
             raise
 
@@ -100,88 +116,36 @@ class WorkerPool(Generic[Job]):
             BaseException: the error of the first job that failed, else the error of the iterator
                 that yields the jobs, or an error of `tell`.
         """
-        with signals_held(), self._changed:
-            self._jobs = iter(enumerate(jobs))
-            self._changed.notify_all()
-        self._wait(lambda: self._jobs is None and not self._busy, tell)
+        left, lock, failures = iter(enumerate(jobs)), threading.Lock(), dict[int, BaseException]()
+
+        def take() -> tuple[int, Job] | None:
+            """Return the next job; None if no job is left, or a job has failed."""
+            with lock:
+                return None if failures or self._closed else next(left, None)
+
+        def work() -> None:
+            index = _AFTER_ALL
+            try:
+                while (taken := take()) is not None:
+                    index, job = taken
+                    self._own.work(job)
+                    index = _AFTER_ALL
+            except BaseException as error:  # noqa: BLE001 -- the waiting thread raises it
+                with lock:
+                    failures[index] = error
+
+        wait_for([self._threads.submit(work) for _ in range(self._size)], tell)
+        if failures:
+            raise failures[min(failures)]
 
     def close(self) -> None:
         """Wait until each thread has finished the present job, and end the threads."""
         with signals_held():
-            with self._changed:
-                self._closed = True
-                self._jobs = None
-                self._together.abort()
-                self._changed.notify_all()
-            for thread in self._threads:
-                if thread.ident is not None:
-                    thread.join()
+            self._closed = True
+            self._threads.shutdown()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()
-
-    def _wait(self, is_over: Callable[[], bool], tell: Callable[[], None] = lambda: None) -> None:
-        """Wait in short steps. A signal is held back while this thread holds the lock."""
-        over = False
-        while not over:
-            with signals_held(), self._changed:
-                if not is_over() and not self._has_failed():
-                    self._changed.wait(_LOOK_EVERY)
-                over = is_over() or self._has_failed()
-            tell()
-        if self._failures:
-            raise self._failures[min(self._failures)]
-
-    def _has_failed(self) -> bool:
-        return bool(self._failures) and not self._busy
-
-    def _live(self) -> None:
-        try:
-            self._together.wait()
-            work = self._prepare()
-        except threading.BrokenBarrierError:
-            return
-        except BaseException as error:  # noqa: BLE001 -- the waiting thread raises it
-            with self._changed:
-                self._failures[-1] = error
-                self._changed.notify_all()
-            return
-        with self._changed:
-            self._ready += 1
-            self._changed.notify_all()
-        while (taken := self._take()) is not None:
-            index, job = taken
-            failure = None
-            try:
-                work(job)
-            except BaseException as error:  # noqa: BLE001 -- the waiting thread raises it
-                failure = error
-            with self._changed:
-                self._busy -= 1
-                if failure is not None:
-                    self._failures[index] = failure
-                    self._jobs = None
-                if self._jobs is None:  # else nobody waits for the end of this job
-                    self._changed.notify_all()
-
-    def _take(self) -> tuple[int, Job] | None:
-        """Return the next job as soon as there is one; None after the pool is closed."""
-        with self._changed:
-            while not self._closed:
-                if self._jobs is None:
-                    self._changed.wait()
-                    continue
-                try:
-                    taken = next(self._jobs, None)
-                except BaseException as error:  # noqa: BLE001 -- the waiting thread raises it
-                    taken = None
-                    self._failures[_AFTER_ALL] = error
-                if taken is not None:
-                    self._busy += 1
-                    return taken
-                self._jobs = None
-                self._changed.notify_all()
-            return None

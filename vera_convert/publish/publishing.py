@@ -16,7 +16,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,19 +122,56 @@ class Output:
             SurroundingsError: the system refused an operation, also inside the block.
             Interrupted: a signal arrived; nothing is left behind.
         """
-        with _staged(self, is_wanted=is_wanted) as staged:
+        with self.staged_run(is_wanted=is_wanted) as staged:
             yield staged.folder
 
     @contextmanager
-    def staged_run(self, *, continues: bool) -> Iterator[Staged]:
+    def staged_run(
+        self, *, continues: bool = False, is_wanted: Callable[[], bool] = lambda: True
+    ) -> Iterator[Staged]:
         """Do the same as `staged`, for a run that another run can continue.
 
         If the block sets `worth_keeping` and then fails or is interrupted, the hidden folder stays.
         A later run for the same OUT receives the folder if `continues` is True; any other later run
         removes the folder.
         """
-        with _staged(self, continues=continues) as staged:
-            yield staged
+        container, staged = None, None
+        with signals_raise(), explained(self.path):
+            place = real_place(self.path)
+            refuse_overlap(place, self.inputs)  # first, so that nothing is removed inside an input
+            if not continues:
+                with signals_held():
+                    sweep_containers(place)
+            self.require_replaceable(place)
+            made: list[Path] = []
+            try:
+                with signals_held():
+                    _make_folders(place.parent, made)
+                    make = Container.continuing if continues else Container.beside
+                    container = make(place)
+                staged = Staged(container.new, container.journal)
+                if self.is_folder:
+                    container.new.mkdir(exist_ok=True)  # a continued run has left the folder
+                with _out_in_messages(container.new, self.path):
+                    yield staged
+                if not is_wanted():
+                    return
+                sync_tree(container.new, synced=staged.synced)
+                with signals_held():
+                    if self.updates:
+                        _update(container.new, place)
+                    else:
+                        _publish(container, place, self)
+                    signals_done()  # the output is there, so the run has succeeded
+                    container.remove()
+            finally:
+                if container is not None:
+                    with signals_held():
+                        keep = staged is not None and staged.worth_keeping
+                        container.keep() if keep else container.remove()
+                for folder in reversed(made):  # folders with OUT or a kept run stay
+                    with suppress(OSError):
+                        folder.rmdir()
 
     def require_replaceable(self, place: Path) -> None:
         """Refuse an existing OUT, unless this run may replace OUT.
@@ -179,8 +216,7 @@ class Output:
             )
 
 
-@contextmanager
-def updated_folder(out: Path) -> Iterator[Path]:
+def updated_folder(out: Path) -> AbstractContextManager[Path]:
     """Yield an empty folder whose files then replace the files of the same names in `out`.
 
     Each file is replaced in one rename. Other files of `out` stay. A missing `out` is created. If
@@ -191,8 +227,7 @@ def updated_folder(out: Path) -> Iterator[Path]:
         SurroundingsError: the system refused an operation, also inside the block.
         Interrupted: a signal arrived.
     """
-    with _staged(Output(out, lambda _: True, updates=True)) as staged:
-        yield staged.folder
+    return Output(out, lambda _: True, updates=True).staged()
 
 
 class Staged:
@@ -271,50 +306,6 @@ def explained(out: Path) -> Iterator[None]:
 
 
 # Publishing ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _staged(
-    output: Output, *, continues: bool = False, is_wanted: Callable[[], bool] = lambda: True
-) -> Iterator[Staged]:
-    """Stage and publish an output."""
-    container, staged = None, None
-    with signals_raise(), explained(output.path):
-        place = real_place(output.path)
-        refuse_overlap(place, output.inputs)  # first, so that nothing is removed inside an input
-        if not continues:
-            with signals_held():
-                sweep_containers(place)
-        output.require_replaceable(place)
-        made: list[Path] = []
-        try:
-            with signals_held():
-                _make_folders(place.parent, made)
-                make = Container.continuing if continues else Container.beside
-                container = make(place)
-            staged = Staged(container.new, container.journal)
-            if output.is_folder:
-                container.new.mkdir(exist_ok=True)  # a continued run has left the folder
-            with _out_in_messages(container.new, output.path):
-                yield staged
-            if not is_wanted():
-                return
-            sync_tree(container.new, synced=staged.synced)
-            with signals_held():
-                if output.updates:
-                    _update(container.new, place)
-                else:
-                    _publish(container, place, output)
-                signals_done()  # the output is there, so the run has succeeded
-                container.remove()
-        finally:
-            if container is not None:
-                with signals_held():
-                    keep = staged is not None and staged.worth_keeping
-                    container.keep() if keep else container.remove()
-            for folder in reversed(made):  # folders with OUT or a kept run stay
-                with suppress(OSError):
-                    folder.rmdir()
 
 
 @contextmanager

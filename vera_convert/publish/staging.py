@@ -24,6 +24,7 @@ import secrets
 import stat
 import sys
 import weakref
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -94,13 +95,9 @@ class Container:
         Other containers of dead runs are removed. The output is moved: a run that lives after all,
         on a host beyond the lock's reach, then lacks the output and fails.
         """
+        left = _containers(out)
         made = cls.beside(out)
-        for path in sorted(_containers(out)):
-            if path == made.new.parent:
-                continue
-            lock = _lock_of_the_dead(path)
-            if lock is None:
-                continue
+        for path, lock in _dead(left):
             if (path / "journal").is_file() and not made.new.is_dir():
                 with suppress(OSError):
                     _put_back(path, out)
@@ -113,11 +110,9 @@ class Container:
 def bytes_of_the_dead(out: Path) -> int:
     """Return the bytes in the containers of dead runs for `out`, without removing any."""
     found = 0
-    for path in _containers(out):
-        lock = _lock_of_the_dead(path)
-        if lock is not None:
-            found += sum(each.lstat().st_size for each in path.rglob("*") if each.is_file())
-            os.close(lock)
+    for path, lock in _dead(_containers(out)):
+        found += sum(each.lstat().st_size for each in path.rglob("*") if each.is_file())
+        os.close(lock)
     return found
 
 
@@ -126,8 +121,8 @@ def sweep_containers(out: Path) -> None:
 
     A container stays without an error if the removal fails, or if the run may be alive.
     """
-    for path in _containers(out):
-        _sweep_one(path, out)
+    for path, lock in _dead(_containers(out)):
+        _remove(path, out, lock, owner=os.getpid(), foreign=True)
 
 
 def _containers(out: Path) -> list[Path]:
@@ -137,7 +132,15 @@ def _containers(out: Path) -> list[Path]:
         names = os.listdir(out.parent)  # noqa: PTH208 -- only names; a parent may hold many
     except OSError:
         return []
-    return [out.with_name(name) for name in names if pattern.fullmatch(name)]
+    return [out.with_name(name) for name in sorted(names) if pattern.fullmatch(name)]
+
+
+def _dead(containers: list[Path]) -> Iterator[tuple[Path, int]]:
+    """Yield each container whose run is dead, with the held lock."""
+    for path in containers:
+        lock = _lock_of_the_dead(path)
+        if lock is not None:
+            yield path, lock
 
 
 def _stem(out: Path) -> str:
@@ -175,13 +178,6 @@ def _is_at(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _sweep_one(path: Path, out: Path) -> None:
-    """Remove the container at `path` if its run is dead."""
-    lock = _lock_of_the_dead(path)
-    if lock is not None:
-        _remove(path, out, lock, owner=os.getpid(), foreign=True)
 
 
 def _lock_of_the_dead(path: Path) -> int | None:
