@@ -96,12 +96,7 @@ def migrate(
     """
     access = hub_access_of(access)
     plan = _Plan.checked(
-        to,
-        base,
-        Bases(access),
-        projections=projections,
-        accept_change=accept_change,
-        peft_version=peft_version,
+        to, base, Bases(access), projections, accept_change=accept_change, peft_version=peft_version
     )
     output = Output(path("out", out), is_vera, force)
     with opened(adapter, output, revision=revision, access=access, repair=plan.repair) as work:
@@ -176,12 +171,7 @@ def migrate_tree(
     output = Output(out, is_tree, force)
     bases = Bases(hub_access_of(access), of_tree=True)
     plan = _Plan.checked(
-        to,
-        base,
-        bases,
-        projections=projections,
-        accept_change=accept_change,
-        peft_version=peft_version,
+        to, base, bases, projections, accept_change=accept_change, peft_version=peft_version
     )
     if not tree.is_dir():
         raise SurroundingsError(f"there is no folder {printable(str(tree))}.")
@@ -240,15 +230,15 @@ class _Plan:
     @classmethod
     def checked(
         cls,
-        to: Mode | str,
+        to: object,
         base: BaseOptions | str | Path | None,
         bases: Bases,
+        projections: object,
         *,
-        projections: ProjectionSource | str,
         accept_change: bool,
-        peft_version: tuple[int, ...] | str | None,
+        peft_version: object,
     ) -> _Plan:
-        """Check the options of a caller."""
+        """Check the options of a caller, which are of any class."""
         require_flags(accept_change=accept_change)
         return cls(
             one_of("to", Mode, to),

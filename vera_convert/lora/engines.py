@@ -79,6 +79,8 @@ class Engine:
         start: the arguments that start a server for the adapter, with ``{rank}`` and ``{path}``.
         tower: the further argument without which layers of a vision or audio tower are left out.
         without_lora: the architectures, as a base's config names them, that take no LoRA.
+        architectures: the engine's name of the base's architecture, by the model_type of
+            transformers; empty if the engine reads the base's own config.
     """
 
     title: str
@@ -102,6 +104,7 @@ class Engine:
     start: str = ""
     tower: str = ""
     without_lora: str = ""
+    architectures: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def refused(self) -> frozenset[str]:

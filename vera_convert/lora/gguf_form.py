@@ -26,27 +26,14 @@ from vera_convert.delta import Array
 from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
-from vera_convert.lora.gguf_reading import gguf_package, read_gguf
+from vera_convert.lora.engines import EngineName, engines
+from vera_convert.lora.gguf_reading import gguf_package, name_table, read_gguf
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
 from vera_convert.lora.stored import ComputedFactors, Measured
 from vera_convert.targets.architectures import MAX_LAYERS
 from vera_convert.text import printable, read_back_differs
 
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "qwen2": "qwen2",
-    "qwen2_moe": "qwen2moe",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "phi3": "phi3",
-}
-"""llama.cpp's architecture, by the model_type of transformers."""
 PERMUTED = "llama"
 """The architecture whose rows of q and k llama.cpp orders in another way."""
 _ALIGNMENT = 32
@@ -90,23 +77,25 @@ def restored_B(stored: Array, heads: int) -> Array:  # noqa: N802 -- a matrix
     return np.ascontiguousarray(neighbors.swapaxes(1, 2).reshape(stored.shape))
 
 
-def head_counts(base: BaseModel | None, place: str) -> tuple[int, int]:
+def head_counts(base: BaseModel, place: str) -> tuple[int, int]:
     """Return the numbers of attention heads, and of heads of keys and values, of a base.
 
     Raises:
-        CheckpointError: the base is not known, or the config gives no usable numbers.
+        CheckpointError: the config gives no usable numbers.
     """
-    config = {} if base is None else base.config
-    heads = config.get("num_attention_heads")
-    pairs = config.get("num_key_value_heads", heads)
+    heads = base.config.get("num_attention_heads")
+    pairs = base.config.get("num_key_value_heads", heads)
     if not (_is_size(heads) and _is_size(pairs)):
-        reason = "its config gives no usable numbers of heads."
-        raise CheckpointError(rules.LORA_BASE_UNKNOWN.at(place, reason))
+        raise _unknown(place, "its config gives no usable numbers of heads.")
     return heads, pairs
 
 
 def _is_size(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and 0 < value <= MAX_LAYERS
+
+
+def _unknown(place: str, reason: str) -> CheckpointError:
+    return CheckpointError(rules.LORA_BASE_UNKNOWN.at(place, reason))
 
 
 def gguf_model(plan: LoraPlan, base_facts: BaseFacts) -> GgufModel:
@@ -116,24 +105,20 @@ def gguf_model(plan: LoraPlan, base_facts: BaseFacts) -> GgufModel:
         CheckpointError: the kind of the base or a layer is not known.
         SurroundingsError: the package `gguf` is not installed.
     """
-    base = base_facts.base
-    place = base_facts.source or "the base"
-    kind = base.model_type if base is not None else None
+    base, place = base_facts.base, base_facts.source or "the base"
     if base is None:
-        raise CheckpointError(rules.LORA_BASE_UNKNOWN.at(place, "its weights are missing."))
-    if kind not in ARCHITECTURES:
-        known_types = f"to-lora knows llama.cpp's names for {', '.join(sorted(ARCHITECTURES))}."
-        reason = f"its model_type is {printable(kind or 'missing')}; {known_types}"
-        raise CheckpointError(rules.LORA_BASE_UNKNOWN.at(place, reason))
+        raise _unknown(place, "its weights are missing.")
+    architectures = engines()[EngineName.GGUF].architectures
+    architecture = architectures.get(base.model_type or "")
+    if architecture is None:
+        known_types = f"to-lora knows llama.cpp's names for {', '.join(sorted(architectures))}."
+        kind = printable(base.model_type or "missing")
+        raise _unknown(place, f"its model_type is {kind}; {known_types}")
     heads, pairs = head_counts(base, place)
     count = base.config.get("num_hidden_layers")
     if not _is_size(count):
-        raise CheckpointError(
-            rules.LORA_BASE_UNKNOWN.at(place, "its config gives no usable number of layers.")
-        )
-    architecture, gguf = ARCHITECTURES[kind], gguf_package()
-    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(known[architecture], count)
+        raise _unknown(place, "its config gives no usable number of layers.")
+    table = name_table(architecture, count)
     names = {layer.written: table.get_name(layer.written) for layer in plan.layers}
     for layer in plan.layers:
         if names[layer.written] is None:
@@ -143,7 +128,7 @@ def gguf_model(plan: LoraPlan, base_facts: BaseFacts) -> GgufModel:
         rows = {"q_proj": 2 * heads, "k_proj": 2 * pairs}.get(last, 1)
         if architecture == PERMUTED and out % rows:
             reason = f"its {out} outputs are no whole number of heads."
-            raise CheckpointError(rules.LORA_BASE_UNKNOWN.at(printable(layer.module), reason))
+            raise _unknown(printable(layer.module), reason)
     return GgufModel(architecture, (heads, pairs), names)
 
 

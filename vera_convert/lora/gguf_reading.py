@@ -177,6 +177,21 @@ def gguf_package() -> Any:  # noqa: ANN401 -- the package has no types
         ) from error
 
 
+def name_table(architecture: str, layers: int) -> Any:  # noqa: ANN401 -- as above
+    """Return the package's table of names; None if the package does not know the architecture.
+
+    Args:
+        architecture: llama.cpp's name of the architecture.
+        layers: the number of layers.
+
+    Raises:
+        SurroundingsError: the package `gguf` is not installed.
+    """
+    gguf = gguf_package()
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(known[architecture], layers) if architecture in known else None
+
+
 def gguf_names(
     architecture: str, stored: Iterable[str], candidates: Mapping[str, Iterable[str]]
 ) -> dict[str, str]:
@@ -190,13 +205,11 @@ def gguf_names(
     Raises:
         SurroundingsError: the package `gguf` is not installed.
     """
-    gguf = gguf_package()
-    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     found = (re.match(r"blk\.(\d{1,6})\.", name) for name in stored)
     last = max((int(each[1]) for each in found if each is not None), default=0)
-    if architecture not in known or last >= MAX_LAYERS:
+    table = name_table(architecture, last + 1) if last < MAX_LAYERS else None
+    if table is None:
         return {}
-    table = gguf.get_tensor_name_map(known[architecture], last + 1)
     names = {
         module: next((own for name in names if (own := table.get_name(name))), None)
         for module, names in candidates.items()

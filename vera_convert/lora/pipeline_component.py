@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from vera_convert import rules
 from vera_convert.base.facts import BaseFacts
@@ -24,30 +25,12 @@ from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 _USUAL = re.compile(r"(unet|transformer|text_encoder)(_\d)?")
-_LOADED_WITH_THE_PIPELINE = frozenset(
-    """
-    connectors text_conditioner text_encoder text_encoder_2 transformer transformer_ref unet
-    """.split()  # noqa: SIM905 - words read best as a text
-)
-_TEXT_ENCODERS = ("clip", "clip_text_model")
-_TRANSFORMER_ALONE = re.compile(r"(HiDreamImage|HunyuanSkyreels|HunyuanVideo|Kandinsky5)\w*")
-"""Classes of pipelines with a text encoder of CLIP, and a loader for the transformer alone."""
-_ATTRIBUTES = {
-    r"UNet\w*": "unet",
-    r"\w*Prior\w*": "prior",
-    r"\w*ControlNet\w*": "controlnet",
-    r"\w*Transformer\w*|UVit2DModel": "transformer",
-    r"AutoencoderKL|AutoencoderKLFlux2": "vae",
-    r"AnimaTextConditioner": "text_conditioner",
-}
-"""The attribute of a pipeline that has a component, by the component's class; the first counts."""
 
 
 @cache
-def without_a_loader() -> Mapping[str, frozenset[str]]:
-    """Return the classes of `components` and of `pipelines` that load no LoRA as usual."""
-    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-    return {kind: frozenset(names.split()) for kind, names in tomllib.loads(text).items()}
+def diffusers() -> Mapping[str, Any]:
+    """Return the facts of Diffusers: names of components and classes of pipelines."""
+    return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 def component_of(base_facts: BaseFacts) -> str:
@@ -66,9 +49,9 @@ def component_of(base_facts: BaseFacts) -> str:
     if _USUAL.fullmatch(folder):
         return folder
     name = _class_name(base)
-    for classes, attribute in _ATTRIBUTES.items():
+    for classes, attribute in diffusers()["attributes"].items():
         if re.fullmatch(classes, name):
-            return attribute
+            return str(attribute)
     raise _unknown(folder)
 
 
@@ -106,15 +89,15 @@ def component_findings(
     component, base = component_of(base_facts), _base_of(base_facts)
     shown, kind = printable(component), _class_name(base)
     pipeline, reason = pipeline_class(base, access), ""
-    loads_none = pipeline.removesuffix("Pipeline") in without_a_loader()["pipelines"]
+    loads_none = pipeline.removesuffix("Pipeline") in diffusers()["pipelines"].split()
     if component.startswith("text_encoder"):
         reason = _of_text_encoder(shown, base, pipeline, loads_none=loads_none)
-    elif kind in without_a_loader()["components"]:
+    elif kind in diffusers()["components"].split():
         reason = (
             f"Diffusers loads no LoRA into a {kind}. With --for peft, PEFT loads the LoRA: "
             f"PeftModel.from_pretrained(pipeline.{shown}, LORA)."
         )
-    elif loads_none or component not in _LOADED_WITH_THE_PIPELINE:
+    elif loads_none or component not in diffusers()["loaded"].split():
         why = (
             f"load_lora_weights is missing in the class {pipeline}."
             if loads_none
@@ -129,14 +112,14 @@ def component_findings(
 
 def _of_text_encoder(shown: str, base: BaseModel, pipeline: str, *, loads_none: bool) -> str:
     """Return why a pipeline loads no LoRA into a text encoder; empty if the pipeline loads one."""
-    if base.model_type not in _TEXT_ENCODERS:
+    if base.model_type not in diffusers()["text_encoders"].split():
         reason = (
             f"Diffusers loads a LoRA into text encoders of CLIP alone, and {shown} "
             f'has the type "{printable(base.model_type or "")}".'
         )
     elif loads_none:
         reason = f"load_lora_weights is missing in the class {pipeline}."
-    elif _TRANSFORMER_ALONE.fullmatch(pipeline):
+    elif re.fullmatch(diffusers()["transformer_alone"], pipeline):
         reason = f"a {printable(pipeline)} loads a LoRA into its transformer alone."
     else:
         return ""
