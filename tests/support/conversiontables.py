@@ -28,6 +28,7 @@ from vera_convert.adapter.names import PREFIX
 from vera_convert.base import renames
 from vera_convert.base.match import match_modules
 from vera_convert.base.model import BaseModel, BaseTensor
+from vera_convert.base.rename_table import conversions
 from vera_convert.base.replacements import match_replacements
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
@@ -243,16 +244,19 @@ def _compare(model: Any, result: Walk) -> None:
         return {files: memory for memory, files in found if files != memory}
 
     with patch.object(renames, "conversions", dict):
-        table = rows_of(weights) if mismatch(weights, config) else {}
+        reason = mismatch(weights, config)
+        table = rows_of(weights) if reason else {}
     with patch.object(renames, "conversions", lambda: {kind: [table]}):
-        table |= rows_of(not_found(others, weights, config))
+        lost = not_found(others, weights, config)
+        table |= rows_of(lost)
     for form in (table, _published(kind, table)):
         if form:
             _add(form, result.renames.setdefault((kind, name.endswith("Model")), []))
-    reason = mismatch(weights, config)
+    if table or kind in conversions():
+        reason = mismatch(weights, config)
+        lost = not_found(others, weights, config)
     if reason:
         result.wrong[name] = reason
-    lost = not_found(others, weights, config)
     if lost:
         result.lost[name] = lost
 

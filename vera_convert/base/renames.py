@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, combinations
 from operator import add
 from types import MappingProxyType
@@ -187,7 +187,7 @@ def _of_families(
         yield (
             _title(taken, former),
             partial(_with_each_number, _translation(taken, former)),
-            partial(_with_each_number, _translation(taken, former_in_files)),
+            _once(partial(_with_each_number, _translation(taken, former_in_files))),
         )
 
 
@@ -220,11 +220,16 @@ def _both_ways(
         prefix: the end of the title.
         tolerated: further forms in files; a layer is never renamed to a further form.
     """
-    to_memory = partial(_looked_up, {**tolerated, **table})
-    to_files = partial(_looked_up, {memory: files for files, memory in table.items()})
+    to_memory = _once(partial(_looked_up, {**tolerated, **table}))
+    to_files = _once(partial(_looked_up, {memory: files for files, memory in table.items()}))
     names = f"names of {printable(kind)}"
     yield f"{names} since transformers 5{prefix}", to_memory, to_files
     yield f"{names} before transformers 5{prefix}", to_files, to_memory
+
+
+def _once(translate: _Translation) -> _Translation:
+    """Let each template be translated once: an adapter has many layers and few templates."""
+    return lru_cache(_MOST_TEMPLATES)(translate)
 
 
 def _looked_up(table: Mapping[str, str], template: str) -> str:
