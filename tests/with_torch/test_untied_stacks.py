@@ -20,7 +20,7 @@ from smallmodels import BART, FSMT, T5, TINY
 from theirwarnings import OF_PEFT
 from trainedmodels import logits, randomized
 
-from vera_convert import MergeOptions, UsageError, VerifyOptions, merge, verify
+from vera_convert import MergeOptions, UsageError, Verification, VerifyOptions, merge, verify
 from vera_convert.merging.options import Tied
 
 pytestmark = [OF_PEFT, pytest.mark.usefixtures("models_here")]
@@ -170,3 +170,96 @@ def test_udop_cannot_be_untied(tmp_path: Path) -> None:
     assert merge(
         tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base", options=add
     ).written
+
+
+# --- merged by PEFT, saved by transformers --------------------------------------------------------
+
+SAVED_ONCE = ["T5ForConditionalGeneration", "UMT5ForConditionalGeneration"]
+HEAD: Mapping[str, Any] = {"target_modules": ["q"], "modules_to_save": ["lm_head"]}
+
+
+def merged_by_peft(kind: str, folder: Path, **changes: object) -> Verification:
+    """Merge in PEFT, save with transformers, change the config, and verify."""
+    model = of_transformers(kind).from_pretrained(folder / "base")
+    adapted = peft.PeftModel.from_pretrained(model, folder / "adapter")
+    adapted.merge_and_unload().save_pretrained(folder / "out")
+    path = folder / "out" / "config.json"
+    document = {**json.loads(path.read_bytes()), **changes}
+    path.write_text(json.dumps({name: x for name, x in document.items() if x is not None}))
+    options = VerifyOptions(tied=Tied.UNTIE, layers_only=True)
+    out, base = folder / "out", folder / "base"
+    return verify(folder / "adapter", merged=out, base=base, options=options)
+
+
+@pytest.mark.parametrize("keeps_field", [True, False])
+@pytest.mark.parametrize("kind", SAVED_ONCE)
+def test_a_head_that_peft_merged_may_leave_the_scale_in_the_config(
+    kind: str, keeps_field: bool, tmp_path: Path
+) -> None:
+    """transformers 5 stores the embedding once, and reads the scale from a field of its own."""
+    wanted = trained(kind, tmp_path, keeps_field=keeps_field, **HEAD)
+    checked = merged_by_peft(kind, tmp_path)
+    assert checked.passed, [str(each) for each in checked.findings]
+    assert {each.code for each in checked.findings} == {"V608", "V632"}
+    model = of_transformers(kind).from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{FIELD: False}, {FIELD: None}, {"d_kv": 4}])
+def test_a_scale_that_does_not_fit_the_head_is_an_error(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    kind = "T5ForConditionalGeneration"
+    trained(kind, tmp_path, **HEAD)
+    checked = merged_by_peft(kind, tmp_path, tie_word_embeddings=False, **changes)
+    expected = {"V615"} if "d_kv" in changes else {"V602"}
+    assert {each.code for each in checked.findings if each.severity == "error"} == expected
+
+
+def test_a_base_without_the_field_shows_that_a_scale_is_wrong(tmp_path: Path) -> None:
+    """An untied T5 1.1, whose published config lacks the field, is not scaled."""
+    kind = "T5ForConditionalGeneration"
+    trained(kind, tmp_path, target_modules=["q"])
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "tie_word_embeddings": False}))
+    right = merged_by_peft(kind, tmp_path)
+    assert right.passed, [str(each) for each in right.findings]
+    wrong = merged_by_peft(kind, tmp_path, **{FIELD: True})
+    assert {each.code for each in wrong.findings if each.severity == "error"} == {"V615"}
+
+
+def test_a_head_apart_from_the_embedding_is_read_by_transformers_5_alone(tmp_path: Path) -> None:
+    """Earlier releases of transformers 5 save an untied T5 with `tie_word_embeddings` true."""
+    kind = "T5ForConditionalGeneration"
+    trained(kind, tmp_path, **HEAD)
+    checked = merged_by_peft(kind, tmp_path, tie_word_embeddings=True)
+    assert checked.passed, [str(each) for each in checked.findings]
+    warned = [each for each in checked.findings if each.code == "V632"]
+    assert [each.reason.split(",")[0] for each in warned] == [
+        "transformers 4 ties lm_head.weight to the embedding"
+    ]
+
+
+def test_a_run_expects_the_head_as_peft_rounds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 24 columns the scale is no power of 2, so a head with the scale rounds otherwise."""
+    kind = "T5ForConditionalGeneration"
+    config, fields, targets = KINDS[kind]
+    monkeypatch.setitem(KINDS, kind, (config, {**fields, "d_model": 24}, targets))
+    trained(kind, tmp_path, dtype="bfloat16", **HEAD)
+    assert merged_by_peft(kind, tmp_path).passed
+    options = VerifyOptions(tied=Tied.UNTIE)
+    out, base = tmp_path / "out", tmp_path / "base"
+    checked = verify(tmp_path / "adapter", merged=out, base=base, options=options)
+    assert checked.passed, [str(each) for each in checked.findings]
+
+
+def test_a_base_that_only_transformers_4_scales_is_named(tmp_path: Path) -> None:
+    kind = "MT5ForConditionalGeneration"
+    model = of_transformers(kind)(of_transformers("MT5Config")(**T5))
+    model.save_pretrained(tmp_path / "base")
+    config = peft.VeraConfig(r=4, **HEAD)
+    randomized(peft.get_peft_model(model, config)).save_pretrained(tmp_path / "adapter")
+    merged = merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base", options=UNTIE)
+    assert [each.code for each in merged.findings] == ["V582"]

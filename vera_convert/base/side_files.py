@@ -130,7 +130,7 @@ def tokenizer_files(names: Collection[str]) -> tuple[str, ...]:
 # --- the config ----------------------------------------------------------------------------------
 
 
-_TEXT_MODELS = ("text_config", "decoder", "generator")
+TEXT_MODELS = ("text_config", "decoder", "generator")
 """Parts of a config: transformers 4 reads the part's ``tie_word_embeddings``, not the whole's."""
 
 
@@ -142,7 +142,7 @@ def untied(text: bytes, config: Mapping[str, object]) -> bytes:
     """
     field = "tie_word_embeddings"
     for name, part in config.items():
-        if isinstance(part, Mapping) and (name in _TEXT_MODELS or part.get(field) is not None):
+        if isinstance(part, Mapping) and (name in TEXT_MODELS or part.get(field) is not None):
             text = edited_member(text, (name, field), value=False)
     return edited_member(text, (field,), value=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.adapter.sorting import same_tensor
@@ -13,14 +14,24 @@ from vera_convert.base.replacements import ORIGINAL, used_replacements
 from vera_convert.base.task_classes import class_of_head
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head, output_head_of
+from vera_convert.errors import UsageError
 from vera_convert.files.tensorfile import TensorData
+from vera_convert.rules import Finding
 
 _TASKS_OF_WORDS = frozenset(("CAUSAL_LM", "SEQ_2_SEQ_LM"))
 """The tasks of PEFT whose classes have an output head."""
 SCALED_WHILE_TIED = frozenset(("t5", "umt5", "longt5", "pop2piano", "switch_transformers"))
 """The model types that multiply the decoder's output by d_model^-0.5 while the head is tied."""
+SCALED_BY_A_FIELD = SCALED_WHILE_TIED - {"switch_transformers"}
+"""The model types of which transformers 5 reads `SCALE` before ``tie_word_embeddings``."""
 SCALE = "scale_decoder_outputs"
 """The field of transformers 5 that says whether the decoder's output is multiplied."""
+UDOP_STAYS_TIED = (
+    "transformers 5 always multiplies the decoder's output of UDOP by d_model^-0.5, and "
+    "transformers 4 only if head and embedding are tied, so no merged model would be right in both."
+)
+_TIES_STACKS = frozenset(("t5", "umt5", "mt5"))
+"""The model types whose stacks transformers 5 ties, whatever ``tie_word_embeddings`` says."""
 
 
 def is_head(target: str, base: BaseModel) -> bool:
@@ -44,6 +55,39 @@ def scales_tied_logits(base: BaseModel) -> bool:
     transformers 4, and SwitchTransformers, read ``tie_word_embeddings`` alone.
     """
     return base.model_type in SCALED_WHILE_TIED and base.config.get(SCALE) is not False
+
+
+def scales_logits(model: BaseModel) -> bool:
+    """Say whether transformers 5 multiplies the decoder's output of a model by d_model^-0.5."""
+    tied = model.tie_word_embeddings is not False
+    field = model.config.get(SCALE, tied) if model.model_type in SCALED_BY_A_FIELD else tied
+    return model.model_type in SCALED_WHILE_TIED and field is not False
+
+
+def scale_findings(base: BaseModel) -> Iterator[Finding]:
+    """Yield a warning if the releases of transformers scale a base whose head is untied otherwise.
+
+    Raises:
+        UsageError: the base is a UDOP, of which no merged model with an untied head is right.
+    """
+    tied = base.tie_word_embeddings
+    if base.model_type == "udop":
+        raise UsageError(f"--tied untie: {UDOP_STAYS_TIED} Give --tied add to change both.")
+    by_4 = base.model_type in SCALED_WHILE_TIED and tied is not False
+    by_4 = by_4 or (base.model_type == "mt5" and tied is True)
+    if by_4 and not scales_logits(base):
+        reason = "transformers 4 multiplies the decoder's output of the base by d_model^-0.5. "
+        reason += "transformers 5 does not, nor does the merged model in any release."
+        yield rules.SCALE_BY_RELEASE.at(base.location.label, reason)
+
+
+def always_ties_stacks(model: BaseModel) -> bool:
+    """Say whether transformers 5 gives both stacks the shared embedding, tied head or not.
+
+    Releases that write `SCALE` for LongT5 and Pop2Piano do so for these, too.
+    """
+    kind = model.model_type
+    return kind in _TIES_STACKS or (kind in SCALED_BY_A_FIELD and SCALE in model.config)
 
 
 def lone_embeddings(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from vera_convert.assembly.addends import Term
 from vera_convert.assembly.input_files import StoredTensor
+from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.recognize import quantized_tensors
 from vera_convert.base.replacements import Part, is_of_classifier
 from vera_convert.base.resizes import NO_RESIZES, Resizes
 from vera_convert.base.tied import is_head, scales_tied_logits
+from vera_convert.base.vocabulary import tied_copies
 from vera_convert.delta import working_dtype
 from vera_convert.dtypes import BITS, FLOATS
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
@@ -156,6 +158,8 @@ class Changes:
         heads: names of untied heads and of other tensors that are no longer tied, each with the
             base's tensor whose values the new tensor starts from.
         unties: whether the config must say that head and embedding are two tensors.
+        keeps_scale: whether the merged model still multiplies the decoder's output by d_model^-0.5
+            with an untied head. transformers 5 saves such a T5; a merge never writes one.
         resizes: the vocabulary and the classifier that the adapters resize.
         resized_biases: biases of the logits that the merge resizes with the vocabulary.
         findings: warnings.
@@ -168,6 +172,7 @@ class Changes:
     rows: dict[str, ReplacedRows] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
     unties: bool = False
+    keeps_scale: bool = False
     resizes: Resizes = NO_RESIZES
     resized_biases: dict[str, ResizedBias] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -176,6 +181,21 @@ class Changes:
     def replacing(self) -> dict[str, Replacement]:
         """All tensors of adapters, by the name in the merged model."""
         return {**self.replaced, **self.new}
+
+    def moves_scale(self, base: BaseModel) -> bool:
+        """Say whether the untied head takes over the factor of the decoder's output."""
+        return self.unties and not self.keeps_scale and scales_tied_logits(base)
+
+
+def shared_copies(base: BaseModel, changes: Changes) -> Iterator[tuple[str, str]]:
+    """Yield each new tensor that equals a tensor of the merged model, with the name of this tensor.
+
+    The merge stores such a copy because not every release of transformers ties the two.
+    """
+    for copy, source in tied_copies(base):
+        is_new = copy in changes.new and changes.new[copy] is changes.replaced.get(source)
+        if is_new or (copy in changes.heads and source not in changes.replaced):
+            yield copy, source
 
 
 # --- the tensors of the merged model --------------------------------------------------------------
@@ -281,7 +301,7 @@ def merged_tensors(
             add(name, kind, stored, written, decode)
     for name, replacement in changes.new.items():
         add(name, Kind.NEW, replacement.stored, _written(replacement.stored, dtype))
-    if changes.unties and scales_tied_logits(base):
+    if changes.moves_scale(base):
         heads = (name for name in found if is_head(name, base))
         found |= {name: _scaled(found[name]) for name in heads}
     return found

@@ -24,7 +24,14 @@ from vera_convert.base.replacements import (
     unknown_tensor,
 )
 from vera_convert.base.resizes import biases_of_logits, followers, resizes, shape_differs
-from vera_convert.base.tied import is_head, is_tied_head, lone_embeddings, name_of_head, tied_head
+from vera_convert.base.tied import (
+    is_head,
+    is_tied_head,
+    lone_embeddings,
+    name_of_head,
+    scale_findings,
+    tied_head,
+)
 from vera_convert.base.vocabulary import shared_embedding, tied_copies
 from vera_convert.embeddings import is_embedding
 from vera_convert.errors import UsageError, refuse
@@ -167,9 +174,8 @@ class _Collector:
         replacement = Replacement.of(matched, copy, Part(stored, copy.shape))
         own, layer = self.files.tensor(stored), match.layers[module]
         if copy.shape not in (own.shape, (layer.out_features, layer.in_features)):
-            reason = (
-                f"the stored weight has shape {list(copy.shape)}, the base's {list(own.shape)}."
-            )
+            shapes = f"{list(copy.shape)}, the base's {list(own.shape)}"
+            reason = f"the stored weight has shape {shapes}."
             self.defects.append(rules.BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
         elif self.files.has_values and not own.is_copied_by(replacement.stored):
             reason = f"the stored values differ from {printable(stored)} of the base."
@@ -323,9 +329,7 @@ class _Collector:
     def _share(self, embedding: str, head: str, replacement: Replacement) -> None:
         """Let a tensor of an adapter replace an embedding and the head tied to the embedding."""
         reason = f"--tied add replaces {printable(embedding)} and {printable(head)} alike."
-        self.changes.findings.append(
-            rules.EMBEDDING_SHARED.in_tensor(replacement.tensor.name, reason)
-        )
+        self.changes.findings += [rules.EMBEDDING_SHARED.in_tensor(replacement.tensor.name, reason)]
         for name in (embedding, head):
             if name in self.base.tensors:
                 self._record(name, replacement)
@@ -366,11 +370,8 @@ class _Collector:
 
     def settle_copies(self) -> None:
         """Give the values of PEFT's model to each tensor that transformers ties by one field."""
-        if self.changes.unties and self.base.model_type == "udop" and not self._has_own_head:
-            reason = "transformers 5 always multiplies the decoder's output of UDOP by "
-            reason += "d_model^-0.5, and transformers 4 only if head and embedding are tied, so no "
-            reason += "merged model would be right in both. "
-            raise UsageError(f"--tied untie: {reason}Give --tied add to change both.")
+        if self.changes.unties and not self._has_own_head:
+            self.changes.findings += scale_findings(self.base)
         for copy, source in self._copies.items():
             self._settle(copy, source)
         replacing = self.changes.replacing

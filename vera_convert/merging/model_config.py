@@ -17,7 +17,7 @@ from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.model import BaseModel
 from vera_convert.base.resizes import shape_differs
 from vera_convert.base.task_classes import class_beginnings, class_of_head, needed_modules
-from vera_convert.base.tied import SCALE, scales_tied_logits
+from vera_convert.base.tied import SCALE, SCALED_BY_A_FIELD
 from vera_convert.base.vocabulary import embedding_rows, tied_copies, vocabulary_fields
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError, ParameterError
@@ -319,7 +319,7 @@ def _vocabulary(base: BaseModel, changes: Changes) -> ConfigEdits:
 
 def _scale(base: BaseModel, changes: Changes) -> ConfigEdits:
     """Switch off the scaling of the decoder's output that the head's weight takes over."""
-    is_moved = changes.unties and scales_tied_logits(base) and SCALE in base.config
+    is_moved = changes.moves_scale(base) and base.model_type in SCALED_BY_A_FIELD
     return ConfigEdits({(SCALE,): False} if is_moved else {})
 
 

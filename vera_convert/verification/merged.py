@@ -16,6 +16,7 @@ from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.quantized.recognize import method_of
 from vera_convert.base.side_files import PROVENANCE_NAME, sort_files
+from vera_convert.base.tied import always_ties_stacks, scales_logits
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Rounding, rounding_on_base
 from vera_convert.dtypes import BASE_NAMES
@@ -25,7 +26,7 @@ from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
 from vera_convert.merging.adapters import AdapterSpec, MergedAdapter
 from vera_convert.merging.base_files import BaseFiles
-from vera_convert.merging.changes import Kind, MergedTensor
+from vera_convert.merging.changes import Kind, MergedTensor, shared_copies
 from vera_convert.merging.model_config import ConfigEdits, config_edits
 from vera_convert.rules import Finding
 from vera_convert.text import printable
@@ -139,6 +140,7 @@ def check_merged(
     merge = RepeatedMerge((adapter, *options.add), base, settings, read.provenance, access)
     with merge.opened() as source:
         inputs, base_model = source.inputs, source.inputs.base.model
+        source.changes.keeps_scale = read.provenance is None and scales_logits(read.model)
         if read.model.prefix and read.model.prefix != base_model.prefix:
             # The adapter's layers select the component of a pipeline.
             read = _read_merged(merged, access, complete=complete, component=base_model.prefix)
@@ -174,10 +176,17 @@ def _expected(read: _ReadModel, source: OpenedMerge, edits: ConfigEdits) -> dict
     """Return the expected tensors, by name.
 
     transformers saves no head that the class lacks, so the base's own head may be missing from a
-    merged model of another class.
+    merged model of another class. The copies of an embedding that transformers always ties may be
+    missing, too.
     """
     expected = source.expected
-    if read.provenance is not None or ("architectures",) not in edits.members:
+    if read.provenance is not None:
+        return expected
+    if always_ties_stacks(read.model):
+        copies = {copy for copy, _ in shared_copies(source.inputs.base.model, source.changes)}
+        for name in copies - read.model.tensors.keys():
+            del expected[name]
+    if ("architectures",) not in edits.members:
         return expected
     heads = {*loaders("modules")["heads"]}
     return {
@@ -203,7 +212,8 @@ def _findings(
     )
     yield from read.findings
     yield from tensors.findings
-    yield from tie_findings(read.files, inputs.base.model, source.changes)
+    is_ours = read.provenance is not None
+    yield from tie_findings(read.files, inputs.base.model, source.changes, is_ours=is_ours)
     yield from config_findings(model, inputs, edits, is_copied=is_copied)
     if is_copied:
         yield from copied_findings(model, read.names, inputs.side_files)

@@ -20,6 +20,7 @@ from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.recognize import CONFIG_FIELDS
 from vera_convert.base.side_files import ModelFiles
+from vera_convert.base.tied import SCALE, SCALED_BY_A_FIELD, always_ties_stacks, scales_logits
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.shards import named_weights
 from vera_convert.merging.adapter_files import decides_outputs
@@ -171,9 +172,13 @@ def config_findings(
         yield rules.MERGED_CONFIG_DIFFERS.at(place, reason)
         return
     free = {*loaders("config")["free"], *(CONFIG_FIELDS if inputs.base.packed is not None else ())}
-    expected = edits.of_value(base.config)
+    expected, found_config = edits.of_value(base.config), dict(model.config)
+    if base.model_type in SCALED_BY_A_FIELD and not is_copied:
+        # transformers 5 adds the field to a config without the field.
+        expected.setdefault(SCALE, scales_logits(base))
+        found_config[SCALE] = scales_logits(model)
     found = [
-        each for each in _differences(expected, model.config, free) if each.path not in edits.open
+        each for each in _differences(expected, found_config, free) if each.path not in edits.open
     ]
     other_labels = label_count(model.config) != label_count(expected)
     if edits.sets_labels and not other_labels and not inputs.options.labels:
@@ -227,17 +232,25 @@ def _listed(differences: Collection[_Difference]) -> str:
 # --- head and embedding --------------------------------------------------------------------------
 
 
-def tie_findings(merged: BaseFiles, base: BaseModel, changes: Changes) -> Iterator[Finding]:
+def tie_findings(
+    merged: BaseFiles, base: BaseModel, changes: Changes, *, is_ours: bool
+) -> Iterator[Finding]:
     """Yield a finding if a loader would wrongly tie, or not tie, head and embedding.
 
     Args:
         merged: the merged model.
         base: the base.
         changes: the changes that the adapters make to the base.
+        is_ours: whether vera-convert wrote the merged model.
     """
     wanted = False if changes.unties else base.tie_word_embeddings
     found = merged.model.tie_word_embeddings
     place = f"{merged.model.location.label}/config.json"
+    is_kept = changes.unties and changes.keeps_scale
+    if not is_ours and not wanted and always_ties_stacks(merged.model) and (is_kept or found):
+        # transformers 5 saves such a config: it ties what is stored once, and scales by a field.
+        yield from _read_otherwise(merged, place)
+        return
     is_known = changes.unties or None not in (wanted, found)
     if is_known and found != wanted:
         value = "missing" if found is None else str(found).lower()
@@ -250,3 +263,18 @@ def tie_findings(merged: BaseFiles, base: BaseModel, changes: Changes) -> Iterat
                 f"{printable(head)} differs from the embedding."
             )
             yield rules.MERGED_TIE.at(place, reason)
+
+
+def _read_otherwise(merged: BaseFiles, place: str) -> Iterator[Finding]:
+    """Yield a warning that transformers 4 computes other outputs with a model of transformers 5."""
+    if merged.model.tie_word_embeddings is False:
+        reason = "transformers 4 does not multiply the decoder's output by d_model^-0.5, because "
+        reason += (
+            f"it reads tie_word_embeddings (false) alone. transformers 5 reads {SCALE} (true)."
+        )
+        yield rules.MERGED_FOR_TRANSFORMERS_5.at(place, reason)
+        return
+    for head in own_heads(merged):
+        reason = f"transformers 4 ties {printable(head)} to the embedding, because "
+        reason += "tie_word_embeddings is not false. transformers 5 loads the stored head."
+        yield rules.MERGED_FOR_TRANSFORMERS_5.at(place, reason)

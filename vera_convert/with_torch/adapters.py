@@ -41,6 +41,7 @@ from vera_convert.with_torch.peft_names import (
     takes_pefts_names,
 )
 from vera_convert.with_torch.saving import DEFAULT
+from vera_convert.with_torch.untying import has_tied_head
 
 
 class Adapters(PeftMethods):
@@ -56,6 +57,7 @@ class Adapters(PeftMethods):
         if any(isinstance(module, VeraLinear) for module in model.modules()):
             raise UsageError("the model is wrapped already: add an adapter to its VeraModel.")
         self.model = model
+        self._has_tied_head = has_tied_head(model)
         self.vera_A, self.vera_B = SharedMatrix(), SharedMatrix()
         self.configs: dict[str, VeraConfig] = {}
         self.active: tuple[str, ...] = ()

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.assembly.input_files import InputFile, StoredTensor
-from vera_convert.base.model import BaseModel, read_base
-from vera_convert.base.tied import is_head, scales_tied_logits
+from vera_convert.base.model import read_base
+from vera_convert.base.tied import is_head, scales_logits, scales_tied_logits
 from vera_convert.dtypes import FLOATS, NAMES
 from vera_convert.hub.lookup import HubAccess, Location
 from vera_convert.lora.reading import ReadLora, open_lora
@@ -52,6 +52,7 @@ from vera_convert.with_torch.model import VeraModel
 from vera_convert.with_torch.modules import modules_of, share_trained
 from vera_convert.with_torch.runs import Runs, loaded_by_peft, wrapped_model
 from vera_convert.with_torch.samples import Outputs
+from vera_convert.with_torch.untying import has_tied_head, scales_logits_here
 from vera_convert.with_torch.verdict import LORA, Reference, difference, order_noise, verdict
 
 
@@ -134,7 +135,9 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
     skips_layers = branches > noise and wrapped.are_finite and unrounded.are_finite
     weights = [layer.weight for layer in layers.values()]
     merged = vera.unload()
-    head = _scaled_head(plan.base, job.found, (dtype or loaded, runs.wide))
+    head = None
+    if scales_tied_logits(plan.base) and not has_tied_head(merged):
+        head = _stored_head(merged, job.found, (dtype or loaded, runs.wide))
     _round(zip(weights, rounding, strict=True))
     if dtype is not None:
         _round((tensor, dtype) for tensor in merged.state_dict(keep_vars=True).values())
@@ -155,25 +158,23 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
     )
 
 
-def _scaled_head(base: BaseModel, found: Path, dtypes: Sequence[torch.dtype]) -> Tensor | None:
-    """Return the head of the merged model, divided by the scale that the merge put into the head.
+def _stored_head(model: nn.Module, found: Path, dtypes: Sequence[torch.dtype]) -> Tensor | None:
+    """Return the head that the merged model stores, with the scale of the model in memory.
 
-    The model that is merged in memory scales the logits apart from the head, so rounding the head
-    there would give other values. The comparison of the files has checked the merged model's head.
+    The scale of the logits lies either in the head's weight or in the config, and the weight is
+    rounded with or without the scale. The comparison of the files has checked the stored head.
 
     Args:
-        base: the base.
+        model: the model that is merged in memory.
         found: the folder of the merged model.
         dtypes: the dtypes to convert to, in this order.
 
     Returns:
-        The weight in the last dtype; None if the merge moved no scale.
+        The weight in the last dtype; None if the merged model stores no head.
     """
-    if base.tie_word_embeddings is False or not scales_tied_logits(base):
-        return None
     merged = read_base(Location(str(found), found), HubAccess(offline=True))
     name = next((name for name in merged.tensors if is_head(name, merged)), None)
-    if name is None or merged.tie_word_embeddings is not False:
+    if name is None:
         return None
     tensor = merged.tensors[name]
     file, header = InputFile.look(found / tensor.file, within=found), merged.files[tensor.file]
@@ -181,7 +182,8 @@ def _scaled_head(base: BaseModel, found: Path, dtypes: Sequence[torch.dtype]) ->
     weight = to_tensor(StoredTensor.of(file, header, tensor.info).rows(0, rows).copy())
     for dtype in dtypes:
         weight = weight.to(dtype)
-    return weight * columns**0.5
+    by_config = int(scales_logits(merged)) - int(scales_logits_here(model.config))
+    return weight * columns ** (-0.5 * by_config)
 
 
 def _stored_dtype(plan: Blueprint) -> torch.dtype | None:

@@ -35,10 +35,10 @@ from vera_convert.with_torch.modules import (
     names_of_weights,
     own_tensors,
     put_module,
-    untie,
 )
 from vera_convert.with_torch.peft_names import DECLINED, check_pefts_arguments, takes_pefts_names
 from vera_convert.with_torch.saving import DEFAULT, write_adapters
+from vera_convert.with_torch.untying import has_tied_head, settle_parted_head, untie
 
 
 class VeraModel(Adapters):
@@ -194,7 +194,8 @@ class VeraModel(Adapters):
     def unload(self) -> nn.Module:
         """Return the model without wrappers, with merged weights and active whole modules.
 
-        This object cannot be used afterwards.
+        A head that is no longer tied stays apart when the model is saved and loaded: see
+        `settle_parted_head`. This object cannot be used afterwards.
         """
         for path, module in [*modules_of(self.model)]:
             if isinstance(module, VeraLinear):
@@ -202,6 +203,8 @@ class VeraModel(Adapters):
             elif isinstance(module, TrainedWhole):
                 put_module(self.model, path, module.current)
         self.configs, self.active = {}, ()
+        if self._has_tied_head and not has_tied_head(self.model):
+            settle_parted_head(self.model)
         return self.model
 
     # --- saving ----------------------------------------------------------------------------------

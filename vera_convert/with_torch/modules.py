@@ -3,7 +3,7 @@
 # mypy: allow-subclassing-any
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import PREFIX
 from vera_convert.adapter.saved_modules import replaced_name
-from vera_convert.base.tied import SCALED_WHILE_TIED
 from vera_convert.errors import UsageError
 from vera_convert.targets.linear import ModelLayers
 from vera_convert.text import printable
@@ -210,17 +209,3 @@ def share_trained(model: nn.Module) -> None:
             for part in sharing:
                 if not isinstance(part, TrainedWhole) and getattr(part, "weight", None) is own:
                     part.weight = whole.current.weight
-
-
-def untie(model: nn.Module, layers: Iterable[VeraLinear]) -> None:
-    """Give each layer its own weight, and record this in the model's config.
-
-    The config of the T5 family stays, because a T5 with another config would no longer scale the
-    logits. transformers 5 loads a head that differs from the embedding as a separate tensor.
-    """
-    for layer in layers:
-        layer.base_layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    config = getattr(model, "config", None)
-    is_scaled = getattr(config, "model_type", None) in SCALED_WHILE_TIED
-    if config is not None and not is_scaled and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # or the next load ties the weights again
