@@ -24,8 +24,8 @@ files: reading file_names strict_json walk json_edit header tensorfile value_ran
 arguments
 draws: generator comparison recognition
 publish: signals filesystem place staging publishing
-hub: access repo_name redaction checksum refusals retry header_cache range_file client cache
-hub: download location files lookup
+hub: repo_name redaction checksum location refusals retry header_cache range_file client cache
+hub: download files lookup
 adapter: config fingerprint names adapter lora_record saved_modules sorting folder
 adapter: values opening repairs
 targets: patterns linear endings matching architectures built

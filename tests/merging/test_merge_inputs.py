@@ -20,8 +20,7 @@ from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import read_base
 from vera_convert.base.side_files import sort_files
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.hub.access import HubAccess
-from vera_convert.hub.location import Location
+from vera_convert.hub.location import HubAccess, Location
 from vera_convert.merging.adapter_files import adapter_files
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.merge import Merge, merge

@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from vera_convert.hub.access import HubAccess
 from vera_convert.hub.client import cache_root
 from vera_convert.hub.header_cache import replace_file
+from vera_convert.hub.location import HubAccess
 from vera_convert.hub.repo_name import COMMIT, RepoName
 
 

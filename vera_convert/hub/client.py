@@ -25,8 +25,8 @@ from urllib.parse import quote
 
 from vera_convert._version import __version__
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.hub.access import TOKEN, HubAccess
 from vera_convert.hub.checksum import RepoFile, digest_of
+from vera_convert.hub.location import TOKEN, HubAccess
 from vera_convert.hub.range_file import MOST_WITHOUT_RANGES, Answer, Ask
 from vera_convert.hub.redaction import keep_secrets_from_logs
 from vera_convert.hub.refusals import Refusal, RefusedError, failure, refused

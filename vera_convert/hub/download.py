@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from vera_convert.errors import SurroundingsError
-from vera_convert.hub.access import HubAccess
 from vera_convert.hub.cache import cache_of_repo, snapshot_of
 from vera_convert.hub.checksum import RepoFile, digest_of, has_digests
 from vera_convert.hub.client import asking_for, download_file
 from vera_convert.hub.header_cache import replace_file
+from vera_convert.hub.location import HubAccess
 from vera_convert.hub.range_file import Ask, damaged
 from vera_convert.hub.refusals import TooSlowError, TryAgainError, gave_up
 from vera_convert.hub.retry import at_least_slowly, until_answered

@@ -21,7 +21,6 @@ from typing import Literal
 from vera_convert.errors import ParameterError, SurroundingsError, UsageError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import unreadable
-from vera_convert.hub.access import HubAccess, hub_access_of
 from vera_convert.hub.cache import cached_commit, snapshot_of
 from vera_convert.hub.checksum import RepoFile
 from vera_convert.hub.client import repo_info
@@ -33,7 +32,7 @@ from vera_convert.hub.files import (
     list_files,
     open_file,
 )
-from vera_convert.hub.location import Location, not_cached
+from vera_convert.hub.location import HubAccess, Location, hub_access_of, not_cached
 from vera_convert.hub.refusals import OutOfReachError, Refusal, RefusedError
 from vera_convert.hub.repo_name import (
     SCHEME,
