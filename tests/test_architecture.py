@@ -39,7 +39,7 @@ conversion: projections proof transforms sizes work strip_embed regeneration mig
 assembly: addends blocks input_files copying direct pool finisher writer journal
 merging: in_effect dequantize base_files adapters changes options adapter_files inputs
 merging: collect plan report model_config output provenance job merge
-lora: engines options factors plan stored peft_targets pipeline_component forms checks record
+lora: engines options factors plan stored pipeline_component forms checks record
 lora: writing gguf_reading gguf_form reading conversion
 counting summary
 validation: result selection files config tensors base checks validate

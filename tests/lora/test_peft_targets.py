@@ -10,10 +10,10 @@ from adapters import good_adapter, good_tensors
 from bases import TENSORS, tiny_base
 
 from vera_convert.errors import CheckpointError
+from vera_convert.lora.checks import lost_to_experts, refused_in_mamba
 from vera_convert.lora.conversion import to_lora
 from vera_convert.lora.engines import EngineName
 from vera_convert.lora.options import LoraOptions
-from vera_convert.lora.peft_targets import lost_to_experts, refused_in_mamba
 
 EXPERTS = [
     f"model.layers.0.mlp.experts.{n}.{name}"

@@ -13,7 +13,7 @@ from conversiontables import file_text, registry, walk
 
 from vera_convert.base.rename_table import CONVERSIONS_FILE, families
 from vera_convert.base.unsupported_layouts import LAYOUTS
-from vera_convert.lora.peft_targets import renamed_on_loading
+from vera_convert.lora.checks import renamed_on_loading
 
 NOT_BUILT = {
     **dict.fromkeys(

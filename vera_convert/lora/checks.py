@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
@@ -21,10 +23,10 @@ from vera_convert.files.tensorfile import TensorData
 from vera_convert.lora.engines import Engine, engines, experts_of, is_in_tower
 from vera_convert.lora.forms import Extras
 from vera_convert.lora.options import LoraOptions
-from vera_convert.lora.peft_targets import lost_to_experts, refused_in_mamba, renamed_on_loading
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.merging.adapter_files import unmerged_findings, unmerged_weights
 from vera_convert.rules import Finding, Rule
+from vera_convert.tables import table
 from vera_convert.targets.linear import kind_of
 from vera_convert.text import counted, listed, printable
 
@@ -229,28 +231,6 @@ def _kind_findings(plan: LoraPlan, engine: Engine) -> Iterator[Finding]:
         )
 
 
-def peft_findings(modules: Sequence[str], base_facts: BaseFacts) -> Iterator[Finding]:
-    """Yield the layers of a LoRA that PEFT does not load because of the model's type.
-
-    Args:
-        modules: the paths of the LoRA's layers, in the adapter's model.
-        base_facts: the base facts; without a base nothing is found.
-    """
-    model_type = _model_type(base_facts)
-    lost = lost_to_experts(modules, base_facts.modules, model_type)
-    if lost:
-        name = lost[0].rpartition(".")[2]
-        reason = (
-            f'in a model of type "{model_type}" PEFT takes the target "{name}" for the fused '
-            "experts, and does not load this layer."
-        )
-        yield from _at_each(lost, rules.LORA_FUSED_EXPERTS, reason)
-    reason = f'PEFT refuses a LoRA of this layer in a model of type "{model_type}".'
-    yield from _at_each(refused_in_mamba(modules, model_type), rules.LORA_MAMBA_REFUSED, reason)
-    reason = f'in a model of type "{model_type}" PEFT renames this layer of a LoRA on loading.'
-    yield from _at_each(renamed_on_loading(modules, model_type), rules.LORA_RENAMED, reason)
-
-
 def _extra_findings(extras: Extras, engine: Engine, place: str) -> Iterator[Finding]:
     if extras.heads and engine.heads is not None:
         modules = {replaced_name(each.name).rpartition(".")[0] for each in extras.heads}
@@ -321,3 +301,95 @@ def _is_the_bases(copy: TensorData, name: str, adapter: Adapter, base: BaseModel
     header = adapter.file.header
     file = InputFile.look(adapter.folder / WEIGHTS_NAME, within=adapter.folder)
     return own.is_copied_by(StoredTensor.of(file, header, header.tensors[copy.name]))
+
+
+# --- layers that PEFT loads for VeRA, and not for a LoRA -----------------------------------------
+
+_FUSED_EXPERT = re.compile(r"(.+\.experts)\.[0-9]+\.[^.]+")
+
+
+def _peft() -> Mapping[str, Any]:
+    """Return the tables by types of models.
+
+    PEFT compares the last part of a target, so a longer target changes nothing.
+    """
+    return table(__file__, "peft_targets.toml")
+
+
+def peft_findings(modules: Sequence[str], base_facts: BaseFacts) -> Iterator[Finding]:
+    """Yield the layers of a LoRA that PEFT does not load because of the model's type.
+
+    Args:
+        modules: the paths of the LoRA's layers, in the adapter's model.
+        base_facts: the base facts; without a base nothing is found.
+    """
+    model_type = _model_type(base_facts)
+    lost = lost_to_experts(modules, base_facts.modules, model_type)
+    if lost:
+        name = lost[0].rpartition(".")[2]
+        reason = (
+            f'in a model of type "{model_type}" PEFT takes the target "{name}" for the fused '
+            "experts, and does not load this layer."
+        )
+        yield from _at_each(lost, rules.LORA_FUSED_EXPERTS, reason)
+    reason = f'PEFT refuses a LoRA of this layer in a model of type "{model_type}".'
+    yield from _at_each(refused_in_mamba(modules, model_type), rules.LORA_MAMBA_REFUSED, reason)
+    reason = f'in a model of type "{model_type}" PEFT renames this layer of a LoRA on loading.'
+    yield from _at_each(renamed_on_loading(modules, model_type), rules.LORA_RENAMED, reason)
+
+
+def lost_to_experts(
+    modules: Sequence[str], base_modules: Collection[str], model_type: str
+) -> list[str]:
+    """Return the modules whose LoRA PEFT takes for a part of the model's fused experts, and loses.
+
+    The LoRA of experts under the names of transformers 4 is loaded if each expert of a
+    layer has one. The LoRA of gate and up is loaded only beside one of down.
+
+    Args:
+        modules: the paths of all modules of the LoRA.
+        base_modules: the paths of all modules of the base.
+        model_type: the field of the base's config.
+    """
+    fused = (each for each in _peft()["fused"] if model_type in each["types"].split())
+    names: Mapping[str, str] = next((each["parameters"] for each in fused), {})
+    there = Counter(_fused(module, names) for module in modules)
+    needed = Counter(_fused(module, names) for module in base_modules)
+    has_down = any(parameter == "down_proj" for _, parameter in there)
+    lost = []
+    for module in modules:
+        container, parameter = place = _fused(module, names)
+        is_whole = container and has_down and there[place] == needed[place]
+        if parameter and not is_whole:
+            lost.append(module)
+    return lost
+
+
+def _fused(module: str, names: Mapping[str, str]) -> tuple[str, str]:
+    """Return the experts that a module is one of, and PEFT's parameter; empty if there is none."""
+    expert = _FUSED_EXPERT.fullmatch(module)
+    return expert[1] if expert else "", names.get(module.rpartition(".")[2], "")
+
+
+def refused_in_mamba(modules: Sequence[str], model_type: str) -> list[str]:
+    """Return the modules of which PEFT refuses a LoRA because the model is a Mamba.
+
+    Args:
+        modules: the paths of all modules of the LoRA.
+        model_type: the field of the base's config.
+    """
+    if model_type not in _peft()["mamba"].split():
+        return []
+    return [module for module in modules if module.rpartition(".")[2] in ("out_proj", "conv1d")]
+
+
+def renamed_on_loading(modules: Sequence[str], model_type: str) -> list[str]:
+    """Return the modules of which PEFT loads a LoRA under another name, and loses the LoRA.
+
+    Args:
+        modules: the paths of all modules of the LoRA.
+        model_type: the field of the base's config.
+    """
+    renamed = _peft()["renamed"].items()
+    patterns = [pattern for pattern, types in renamed if model_type in types.split()]
+    return [each for each in modules if any(re.fullmatch(found, each) for found in patterns)]

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
-from pathlib import Path
+
+from vera_convert.tables import table
 
 
 class EngineName(StrEnum):
@@ -126,10 +127,7 @@ class Engine:
 @cache
 def engines() -> Mapping[EngineName, Engine]:
     """Return the rules of each engine, by the name for `--for`."""
-    import tomllib  # `--help` reads this module, and no table
-
-    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
     return {
-        EngineName(name): Engine(**table | {"form": Form(table["form"])})
-        for name, table in tomllib.loads(text).items()
+        EngineName(name): Engine(**rules | {"form": Form(rules["form"])})
+        for name, rules in table(__file__, "engines.toml").items()
     }

@@ -9,10 +9,7 @@ that is a PeftAdapterMixin loads a LoRA itself.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from vera_convert import rules
@@ -22,15 +19,15 @@ from vera_convert.errors import CheckpointError
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.rules import Finding
+from vera_convert.tables import table
 from vera_convert.text import printable
 
 _USUAL = re.compile(r"(unet|transformer|text_encoder)(_\d)?")
 
 
-@cache
 def diffusers() -> Mapping[str, Any]:
     """Return the facts of Diffusers: names of components and classes of pipelines."""
-    return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    return table(__file__, "pipeline_component.toml")
 
 
 def component_of(base_facts: BaseFacts) -> str:
