@@ -212,6 +212,25 @@ def test_a_model_can_lack_some_of_the_modules_to_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("module", "severity"),
+    [
+        ("norm_out.norm", Severity.WARNING),
+        ("act_fn", Severity.WARNING),
+        ("embed_tokens", Severity.ERROR),
+        ("lm_head", Severity.ERROR),
+        ("score", Severity.ERROR),
+    ],
+)
+def test_the_only_saved_module_may_have_no_parameters(
+    module: str, severity: Severity, tmp_path: Path
+) -> None:
+    folder = good_adapter(tmp_path / "a", modules_to_save=[module])
+    (found,) = [each for each in validate(folder).findings if each.code == "V222"]
+    assert (found.place, found.severity) == (module, severity)
+    assert ("without parameters" in found.reason) == (severity is Severity.WARNING)
+
+
+@pytest.mark.parametrize(
     ("config", "name"),
     [
         ({}, "model.layers.0.self_attn.o_proj.weight"),

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.options import Tied
+from vera_convert.rules import Severity
 from vera_convert.validation.validate import validate
 from vera_convert.verification.options import VerifyOptions
 from vera_convert.verification.verify import verify
@@ -627,3 +628,29 @@ def test_a_pretraining_head_that_is_stored_in_part_is_refused(tmp_path: Path) ->
     heads = {"cls.seq_relationship.weight": (2, 16), "cls.seq_relationship.bias": (2,)}
     base = filled_base(tmp_path / "base", tensors=heads)
     assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V222"
+
+
+@pytest.mark.parametrize(
+    ("lost", "is_due"),
+    [
+        ({"model.adapter.scale": (16,)}, True),
+        ({"model.adapter.inner.weight": (4, 16)}, True),
+        ({"model.adapter.inner.inv_freq": (4,)}, False),
+        ({"model.adapter.bias": (1, 1, 8, 8)}, False),
+        ({"model.adapters.weight": (16,)}, False),
+    ],
+    ids=str,
+)
+def test_a_module_without_tensors_in_the_adapter_has_none_in_the_base(
+    lost: dict[str, tuple[int, ...]], is_due: bool, tmp_path: Path
+) -> None:
+    """GPT-2's files store a mask as the bias of `attn`, which is no parameter."""
+    adapter = good_adapter(tmp_path / "a", modules_to_save=["adapter"])
+    base = filled_base(tmp_path / "base", tensors=lost)
+    found = [each for each in validate(adapter, base=base).findings if each.code == "V222"]
+    names = [each.tensor for each in found if each.severity is Severity.ERROR]
+    assert names == (list(lost) if is_due else [])
+    if is_due:
+        assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V222"
+    else:
+        merged_with(adapter, base, tmp_path / "out")

@@ -146,8 +146,9 @@ def _incomplete_modules(
 ) -> Iterator[Finding]:
     """Yield a finding for each declared module without a tensor in the file.
 
-    The finding is a warning if the model can lack the module: PEFT requires one of the modules in
-    modules_to_save, and the head of a task only if the head's name is known to PEFT.
+    The finding is a warning if the model can lack the module, or if the module can have no
+    parameters, as an activation. PEFT requires one of the modules in modules_to_save, and the head
+    of a task only if the head's name is known to PEFT. An embedding always has parameters.
 
     Args:
         saved: the declared names of each stored module, by the module's path.
@@ -158,8 +159,11 @@ def _incomplete_modules(
     stored = frozenset().union(*saved.values())
     reason = "the file stores no tensor of this module."
     for name in sorted(declared - _KNOWN_HEADS - stored):
-        rule = rules.MODULE_TO_SAVE_MISSING.as_warning() if stored else rules.MODULE_TO_SAVE_MISSING
-        yield rule.at(printable(name), reason)
+        rule, doubt = rules.MODULE_TO_SAVE_MISSING, ""
+        if stored or not may_be_resized(name):
+            rule = rule.as_warning()
+            doubt = " This is right only for a module without parameters, or if no module matches."
+        yield rule.at(printable(name), reason + doubt)
     heads = declared & _KNOWN_HEADS  # a model has at most a single head
     if heads and heads.isdisjoint(stored) and not _has_other_head(saved, layers, config.task_type):
         rule = rules.MODULE_TO_SAVE_MISSING

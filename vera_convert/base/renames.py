@@ -9,24 +9,29 @@ strategy leads from the names of one release to the names in the files.
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, combinations
-from operator import add
 from types import MappingProxyType
 from typing import NamedTuple
 
 from vera_convert.base.model import BaseModel
 from vera_convert.base.rename_table import Family, conversions, families
+from vera_convert.base.templates import (
+    BODY,
+    Paths,
+    Templates,
+    Translation,
+    parents_in_files,
+    with_each_number,
+    with_parents,
+)
 from vera_convert.text import printable
 
 _MOST_FAMILIES = 4
-_BODY = "model."
-"""The prefix that a class with a head puts before the model; files can lack the prefix."""
 _MOST_TYPES = 16
 _MOST_TEMPLATES = 20_000
 """The most layers that differ in more than numbers; a limit on the work for a hostile base."""
@@ -44,6 +49,8 @@ class Strategy:
             no such layer.
         key_map: the OLD=NEW that does the same; empty if there is none.
         is_given: whether the user gave the key map: the base's model has the new names.
+        around: from the path of a module with several layers to the path in the files; None if
+            `rename` does the same.
     """
 
     name: str
@@ -51,6 +58,18 @@ class Strategy:
     undo: Callable[[str], str | None]
     key_map: str = ""
     is_given: bool = False
+    around: Callable[[str], str] | None = None
+
+    def in_memory(self, name: str) -> str:
+        """Return the name of a tensor of the files in the adapter's model.
+
+        A tensor that the adapter's model lacks keeps the name.
+        """
+        own = self.undo(name)  # some classes rename a tensor and not the module of the tensor
+        if own is not None and own != name:
+            return own
+        path, dot, parameter = name.rpartition(".")
+        return f"{self.undo(path) or path}{dot}{parameter}"
 
 
 def release_names(base: BaseModel) -> Iterator[Strategy]:
@@ -59,18 +78,21 @@ def release_names(base: BaseModel) -> Iterator[Strategy]:
     Nothing is yielded if no release renames a layer, if the config names no known model type, or
     if two layers would get the same name.
     """
-    templates = _Templates(base.model_type or "")
-    paths = _Paths(_renamable(base, templates), templates)
+    templates = Templates(base.model_type or "")
+    paths = Paths(_renamable(base, templates), templates)
     for naming in _namings(base, paths.templates):
         in_memory = paths.renamed(naming.names)
         on_disk = {name: path for path, name in in_memory.items()}
         if len(on_disk) == len(in_memory):
             like_files = partial(templates.translated, naming.to_files)
             rename = partial(_path_on_disk, on_disk, in_memory, like_files)
-            yield Strategy(naming.title, rename, in_memory.get)
+            around = partial(with_parents, naming.to_files, parents_in_files(naming.names))
+            yield Strategy(
+                naming.title, rename, in_memory.get, around=partial(templates.translated, around)
+            )
 
 
-def _renamable(base: BaseModel, templates: _Templates) -> Iterator[str]:
+def _renamable(base: BaseModel, templates: Templates) -> Iterator[str]:
     """Yield the path of each module, and the name of each tensor that a class can rename whole.
 
     Some classes rename a tensor beside weights and biases to the bias of a layer. A table states
@@ -107,9 +129,9 @@ def other_names(base: BaseModel, paths: Iterable[str]) -> dict[str, list[str]]:
         base: the base.
         paths: the paths of the layers in the base's files.
     """
-    templates = _Templates(base.model_type or "")
-    all_paths = _Paths((name.rpartition(".")[0] for name in base.tensors), templates)
-    some = _Paths(paths, templates)
+    templates = Templates(base.model_type or "")
+    all_paths = Paths((name.rpartition(".")[0] for name in base.tensors), templates)
+    some = Paths(paths, templates)
     found = {path: [path] for path in some}
     for naming in _namings(base, all_paths.templates | some.templates):
         for path, name in some.renamed(naming.names).items():
@@ -145,10 +167,6 @@ def _families(base: BaseModel) -> list[Family]:
     ]
 
 
-_Translation = Callable[[str], str]
-"""A function that renames a template."""
-
-
 class _Naming(NamedTuple):
     """The names that a release uses for layers, as templates.
 
@@ -161,7 +179,7 @@ class _Naming(NamedTuple):
 
     title: str
     names: Mapping[str, str]
-    to_files: _Translation
+    to_files: Translation
 
 
 def _namings(base: BaseModel, templates: AbstractSet[str]) -> Iterator[_Naming]:
@@ -180,27 +198,27 @@ def _namings(base: BaseModel, templates: AbstractSet[str]) -> Iterator[_Naming]:
 
 def _of_families(
     base: BaseModel, templates: Collection[str]
-) -> Iterator[tuple[str, _Translation, _Translation]]:
+) -> Iterator[tuple[str, Translation, Translation]]:
     """Yield for each release the title, the translation of files' names, and the way back."""
     families, former_in_files = _concerned(_families(base), templates)
     for former, taken in _states(families):
         yield (
             _title(taken, former),
-            partial(_with_each_number, _translation(taken, former)),
-            _once(partial(_with_each_number, _translation(taken, former_in_files))),
+            partial(with_each_number, _translation(taken, former)),
+            _once(partial(with_each_number, _translation(taken, former_in_files))),
         )
 
 
-def _of_whole_models(kind: str) -> Iterator[tuple[str, _Translation, _Translation]]:
+def _of_whole_models(kind: str) -> Iterator[tuple[str, Translation, Translation]]:
     """Yield each generated table of a model type and the inverse, with and without ``model.``.
 
     Published files can lack the prefix in a part of the names.
     """
     for table in conversions().get(kind, ()):
-        short = {files.removeprefix(_BODY): memory for files, memory in table.items()}
+        short = {files.removeprefix(BODY): memory for files, memory in table.items()}
         yield from _both_ways(kind, table)
         if len(short) == len(table):
-            added = f', prefix "{_BODY}" added'
+            added = f', prefix "{BODY}" added'
             yield from _both_ways(kind, short, added)
             yield from _both_ways(kind, table, f"{added} where absent", tolerated=short)
 
@@ -211,7 +229,7 @@ def _both_ways(
     prefix: str = "",
     *,
     tolerated: Mapping[str, str] = MappingProxyType({}),
-) -> Iterator[tuple[str, _Translation, _Translation]]:
+) -> Iterator[tuple[str, Translation, Translation]]:
     """Yield a table of names in memory by names in the files, and the inverse.
 
     Args:
@@ -227,13 +245,13 @@ def _both_ways(
     yield f"{names} before transformers 5{prefix}", to_files, to_memory
 
 
-def _once(translate: _Translation) -> _Translation:
+def _once(translate: Translation) -> Translation:
     """Let each template be translated once: an adapter has many layers and few templates."""
     return lru_cache(_MOST_TEMPLATES)(translate)
 
 
 def _looked_up(table: Mapping[str, str], template: str) -> str:
-    return table.get(template) or _with_each_number(lambda full: table.get(full, full), template)
+    return table.get(template) or with_each_number(lambda full: table.get(full, full), template)
 
 
 def _concerned(
@@ -283,79 +301,6 @@ def _title(taken: Iterable[Family], former: Collection[str]) -> str:
 
 
 # --- names ---------------------------------------------------------------------------------------
-
-
-_NUMBER = re.compile(r"(?<![^.])(?:\d+|#)(?![^.])")
-_PLACE = re.compile(r"(?<![^.])#(?![^.])")
-
-
-class _Templates:
-    """Divides a path into a template, in which # stands for the number of a layer, and the numbers.
-
-    Some files have a number where memory has a name, like ``proj.0`` for ``proj.linear_1``. A
-    number at such a place of a table is a name: the number stays in the template.
-    """
-
-    def __init__(self, kind: str) -> None:
-        tables = conversions().get(kind, ())
-        names = {name for table in tables for row in table.items() for name in row}
-        names |= {name.removeprefix(_BODY) for name in names}
-        self._named: dict[str, list[list[str]]] = {}
-        for name in sorted(names):
-            numbers = _NUMBER.findall(name)
-            if any(number != "#" for number in numbers):
-                self._named.setdefault(_NUMBER.sub("#", name), []).append(numbers)
-        self._tensors = {name for name in names if name.endswith(("weight", "bias"))}
-
-    def divided(self, path: str) -> tuple[str, list[str]]:
-        """Return the template of a path, and the numbers for which # stands."""
-        full, numbers = _NUMBER.sub("#", path), _NUMBER.findall(path)
-        for named in self._named.get(full, ()):
-            pairs = [*zip(named, numbers, strict=True)]
-            if all(name in ("#", number) for name, number in pairs):
-                template = _filled(_PLACE.split(full), named)
-                return template, [number for name, number in pairs if name == "#"]
-        return full, numbers
-
-    def states(self, name: str) -> bool:
-        """Say whether a table has the name of this weight or bias, not the path of its module."""
-        return bool(self._tensors) and self.divided(name)[0] in self._tensors
-
-    def translated(self, translate: _Translation, path: str) -> str:
-        """Return a path with the template translated and the numbers in the same order."""
-        template, numbers = self.divided(path)
-        return _filled(_PLACE.split(translate(template)), numbers)
-
-
-class _Paths:
-    """Paths by their templates; a model has few templates."""
-
-    def __init__(self, paths: Iterable[str], templates: _Templates) -> None:
-        self._parts = {path: templates.divided(path) for path in dict.fromkeys(paths) if path}
-        self.templates = frozenset(template for template, _ in self._parts.values())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def renamed(self, names: Mapping[str, str]) -> dict[str, str]:
-        """Return each path with the template replaced and the numbers in the same order."""
-        pieces = {template: _PLACE.split(names[template]) for template in self.templates}
-        return {
-            path: _filled(pieces[template], numbers)
-            for path, (template, numbers) in self._parts.items()
-        }
-
-
-def _with_each_number(translate: _Translation, template: str) -> str:
-    """Translate a template whose numbers are names as if the numbers were numbers of layers."""
-    full, numbers = _NUMBER.sub("#", template), _NUMBER.findall(template)
-    return _filled(_PLACE.split(translate(full)), numbers)
-
-
-def _filled(pieces: Sequence[str], numbers: Iterable[str]) -> str:
-    """Put the numbers of one path between the pieces of another."""
-    first, *rest = pieces
-    return first + "".join(map(add, numbers, rest))
 
 
 def _translation(families: Sequence[Family], former: Collection[str]) -> Callable[[str], str]:

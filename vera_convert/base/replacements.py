@@ -27,6 +27,8 @@ from vera_convert.text import listed, printable
 
 _BODY = "model."
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_OLD_BUFFERS = frozenset(("inv_freq", "masked_bias", "position_ids"))
+"""Tensors that earlier releases of transformers stored, and that later releases compute."""
 _PRETRAINING_HEAD = re.compile(r"(?:^|\.)cls\.(?:predictions|seq_relationship)\.")
 
 
@@ -197,10 +199,11 @@ def match_replacements(
         return found  # the views of a large base take a second
     owners: dict[str, str] = {}
     # Layers may fit as they are although a saved module has another name.
+    releases = [*release_names(base)]
     strategies: list[Callable[[str], str | None]] = [
         match.strategy.rename,
         str,
-        *(each.rename for each in release_names(base)),
+        *(each.rename for each in releases),
     ]
     for name, shape in shapes.items():
         module, _, parameter = name.removeprefix(PREFIX).rpartition(".")
@@ -216,7 +219,8 @@ def match_replacements(
             (f"{_BODY}{path}" for path in named),
         )
         target = next((path for path in there if path in base.tensors), None) or plain
-        parts = () if target in base.tensors else _experts(paths, parameter, shape, base)
+        around = [each.around(module) for each in releases if each.around is not None]
+        parts = () if target in base.tensors else _experts(paths + around, parameter, shape, base)
         found[name] = parts or (Part(target, shape),)
         for part in found[name]:
             first = owners.setdefault(part.target, name)
@@ -315,10 +319,10 @@ def stored_otherwise(name: str, base: BaseModel) -> Finding | None:
 def incomplete_modules(
     adapter: Adapter, match: Match, base: BaseModel, targets: Collection[str]
 ) -> Iterator[Finding]:
-    """Yield a finding for each weight and bias that the adapter lacks of a module saved whole.
+    """Yield a finding for each tensor that the adapter lacks of a module saved whole.
 
     The base tells whether a module has a weight and a bias. Other tensors of the base can belong
-    to a quantizer.
+    to a quantizer, and count only if the adapter stores no tensor of the module.
 
     Args:
         adapter: the adapter.
@@ -329,14 +333,19 @@ def incomplete_modules(
     saved = SavedModules(adapter.config)
     if not saved:
         return
+    in_adapter = (replaced_name(each.name).rpartition(".")[0] for each in adapter.replacements)
+    begun = frozenset().union(*map(saved.of, in_adapter))
     stored = {*targets, *match.tensors.values()}
     stores_experts = any(map(_EXPERT.search, stored))
-    for name in base.tensors:
-        path, _, parameter = name.rpartition(".")
-        paths = {path, match.strategy.undo(path) or path}
+    for name, tensor in base.tensors.items():
+        path, _, parameter = match.strategy.in_memory(name).rpartition(".")
+        modules = saved.of(path)
+        is_parameter = parameter == "weight" or (
+            len(tensor.info.shape) == 1 if parameter == "bias" else begun.isdisjoint(modules)
+        )
         # Transformers 5 builds one module for all experts, which has the layers of none.
         is_built = stores_experts or _EXPERT.search(name) is None
-        is_due = is_built and parameter in ("weight", "bias") and any(map(saved.of, paths))
+        is_due = bool(modules) and is_parameter and is_built and parameter not in _OLD_BUFFERS
         if is_due and name not in stored and not _of_another_class(name, stored):
             reason = "the base has it, and PEFT saves the module whole, but the adapter lacks it."
             yield rules.MODULE_TO_SAVE_MISSING.in_tensor(name, reason)
@@ -363,13 +372,20 @@ def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Fin
     saved = SavedModules(adapter.config)  # PEFT stores these biases with any value of `bias`
     own = {f"{name.removesuffix('.weight')}.bias" for name in match.tensors.values()}
     trained = own if adapter.config.bias != "all" else None
-    found = [
+    candidates = [
         name
         for name, tensor in base.tensors.items()
         if name.endswith(".bias")
         and len(tensor.info.shape) == 1
         and (trained is None or name in trained)
-        and not saved.of(name.removesuffix(".bias"))
+    ]
+    # A release can have another name for a tensor beside the adapted layers.
+    strategies = [match.strategy, *release_names(base)] if candidates else []
+    found = [
+        name
+        for name in candidates
+        if all(each.in_memory(name).endswith(".bias") for each in strategies)
+        and not saved.of(match.strategy.in_memory(name).removesuffix(".bias"))
     ]
     if found:
         reason = f"the base has {listed(found, 1)}, and the file holds no bias."

@@ -29,24 +29,33 @@ class Layout:
         memory: the ends of the paths of the layers in memory.
         kind: ``reordered`` if transformers reorders rows; ``cut`` if it only cuts, into layers with
             equal numbers of rows (of q, k and v, only k and v must); ``uneven`` for other numbers.
+        sizes: for each layer of an uneven tensor, the tensor beside with one row or value for each
+            row of the layer; ``*`` for the layer with the rows that are left.
     """
 
     types: frozenset[str]
     files: str
     memory: tuple[str, ...]
     kind: str
+    sizes: tuple[str, ...] = ()
 
-    def first_row(self, layer: str, outputs: int, rows: int) -> int | None:
+    def first_row(
+        self, layer: str, beside: Callable[[str], int | None], outputs: int, rows: int
+    ) -> int | None:
         """Return the first row of a layer in the tensor; None if the place is not known.
 
         In a tensor of q, k and v, the layers k and v have as many rows each, and q has the rest.
 
         Args:
             layer: the end of the layer's path.
+            beside: returns the rows of a tensor beside; None if absent.
             outputs: the layer's outputs.
             rows: the rows of the tensor.
         """
         part, parts = self.memory.index(layer), len(self.memory)
+        if self.sizes:
+            heights = self._heights(beside, rows)
+            return sum(heights[:part]) if heights and heights[part] == outputs else None
         if self.kind != "cut":
             return None
         if parts * outputs == rows:
@@ -56,6 +65,15 @@ class Layout:
         if part == 0:
             return 0 if rows > outputs and (rows - outputs) % 2 == 0 else None
         return rows - (parts - part) * outputs if rows > 2 * outputs else None
+
+    def _heights(self, beside: Callable[[str], int | None], rows: int) -> list[int]:
+        """Return the rows of each layer; empty if a tensor beside is absent."""
+        known = {size: beside(size) for size in self.sizes if size != "*"}
+        found = [known.get(size) for size in self.sizes]
+        if None in known.values():
+            return []
+        left = rows - sum(height for height in found if height is not None)
+        return [left if height is None else height for height in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +106,15 @@ def _spread(text: str) -> tuple[str, ...]:
 
 
 LAYOUTS = tuple(
-    Layout(frozenset(types.split()), files.strip(), _spread(memory.strip()), kind)
+    Layout(
+        frozenset(types.split()),
+        files.strip(),
+        _spread(memory.strip()),
+        kind,
+        tuple(" ".join(sizes).split()),
+    )
     for kind, lines in table(__file__, "unsupported_layouts.toml").items()
-    for types, files, memory in (line.split("|") for line in lines.split("\n") if line)
+    for types, files, memory, *sizes in (line.split("|") for line in lines.split("\n") if line)
 )
 """The tensors cut or reordered by transformers."""
 
@@ -224,7 +248,8 @@ class Layers:
             for name in self._ending(layout.files, like=module) if ends else ():
                 rule = rules.LAYER_REORDERED if layout.kind == "reordered" else rules.LAYER_CUT_OUT
                 reason = f'"{printable(module)}" is made from it.'
-                yield (name,), partial(layout.first_row, ends[0]), rule.at(printable(name), reason)
+                first_row = partial(layout.first_row, ends[0], partial(self._rows_beside, name))
+                yield (name,), first_row, rule.at(printable(name), reason)
         start, _, last = module.rpartition(".")
         parent = start.rpartition(".")[2]
         parts = [
@@ -234,6 +259,12 @@ class Layers:
             stored = " and ".join(f'"{printable(name)}"' for name in names)
             finding = rules.LAYER_OF_SEVERAL.at(printable(module), f"the base stores {stored}.")
             yield names, lambda _outputs, _rows: None, finding
+
+    def _rows_beside(self, name: str, other: str) -> int | None:
+        """Return the rows of a tensor in the module around that of `name`; None if absent."""
+        around = name.removesuffix(".weight").rpartition(".")[0]
+        found = self._base.tensors.get(f"{around}.{other}")
+        return found.info.shape[0] if found is not None and found.info.shape else None
 
     def _ending(self, end: str, *, like: str) -> list[str]:
         """Return the tensors with the layer numbers of `like` and with the end `end`."""
