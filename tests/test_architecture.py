@@ -24,7 +24,7 @@ files: reading file_names strict_json walk json_edit header tensorfile value_ran
 arguments
 draws: generator comparison recognition
 publish: signals filesystem place staging publishing
-hub: repo_name redaction checksum location refusals retry header_cache range_file client cache
+hub: repo_name redaction checksum location refusals retry header_cache range_file client
 hub: download files lookup
 adapter: config fingerprint names adapter lora_record saved_modules sorting folder
 adapter: values opening repairs
@@ -42,11 +42,11 @@ merging: collect plan report model_config output provenance job merge
 lora: engines options factors plan stored pipeline_component forms checks record
 lora: writing gguf_reading gguf_form reading conversion
 counting summary
-validation: result selection files config tensors base checks validate
+validation: result selection config tensors base checks validate
 verification: provenance model_comparison options running comparator pairs
 verification: roundings diagnosis tensors model_files repeated_merge
 verification: merged forms lora_config lora_names lora verify
-formats: document shared results merge lora locations validation reports sarif junit github catalog
+formats: document shared results merge locations validation reports sarif junit github catalog
 formats: verification
 with_torch
 cli: values options output help command refusals completion inspecting converting merging app

@@ -18,8 +18,8 @@ from hub_server import Fault, HubServer, stated
 
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.hub import checksum, client, download, retry
-from vera_convert.hub.cache import cache_of_repo
 from vera_convert.hub.client import repo_info
+from vera_convert.hub.download import cache_of_repo
 from vera_convert.hub.lookup import (
     AmbiguousBaseError,
     HubAccess,

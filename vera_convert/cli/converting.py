@@ -200,7 +200,7 @@ class LoraChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, ForceChoice
 )
 def to_lora(adapter: str, out: Path, options: LoraChoices) -> None:
     """Write the LoRA with the same delta, for engines without VeRA."""
-    from vera_convert.formats.lora import lora_text
+    from vera_convert.formats.results import lora_text
     from vera_convert.lora.conversion import to_lora as run
     from vera_convert.lora.options import LoraOptions
 

@@ -1,4 +1,10 @@
-"""Download complete files of a repo at one commit into the Hub's cache, and compare the hashes.
+"""The Hub's cache on this machine: where files lie, and downloads of files at one commit.
+
+models--org--name/
+    refs/main            the commit of a branch or tag at the last request
+    blobs/DIGEST         the content of files
+    snapshots/COMMIT/    the files of a commit by name: links to blobs
+    vera-convert/        headers of files (`header_cache`), and which blobs were hashed
 
 huggingface_hub downloads the files, by Xet if possible. Whether huggingface_hub or another program
 stored a file, the hash is compared before the file is used. A large file is hashed once (about a
@@ -14,19 +20,55 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from vera_convert.errors import SurroundingsError
-from vera_convert.hub.cache import cache_of_repo, snapshot_of
 from vera_convert.hub.checksum import RepoFile, digest_of, has_digests
-from vera_convert.hub.client import asking_for, download_file
+from vera_convert.hub.client import asking_for, cache_root, download_file
 from vera_convert.hub.header_cache import replace_file
 from vera_convert.hub.location import HubAccess
 from vera_convert.hub.range_file import Ask, damaged
 from vera_convert.hub.refusals import TooSlowError, TryAgainError, gave_up
+from vera_convert.hub.repo_name import COMMIT, RepoName
 from vera_convert.hub.retry import at_least_slowly, until_answered
 from vera_convert.text import printable
 
 _REMEMBERED = 16 << 20
 """A file of at least so many bytes is hashed once; a smaller file in every run."""
 _BLOCK = 1 << 20
+
+
+def cache_of_repo(repo_id: str, access: HubAccess) -> Path:
+    """Return the cache's folder for a model repo."""
+    return cache_root(access) / f"models--{repo_id.replace('/', '--')}"
+
+
+def snapshot_of(repo_id: str, commit: str, access: HubAccess) -> Path:
+    """Return the cache's folder for a repo at a commit."""
+    return cache_of_repo(repo_id, access) / "snapshots" / commit
+
+
+def cached_commit(name: RepoName, access: HubAccess) -> str | None:
+    """Return the cached commit of a revision; None if the cache lacks the commit."""
+    commit = name.revision or "main"
+    if not COMMIT.fullmatch(commit):
+        ref = cache_of_repo(name.repo_id, access).joinpath("refs", *commit.split("/"))
+        try:
+            commit = ref.read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            return None
+    known = COMMIT.fullmatch(commit) and snapshot_of(name.repo_id, commit, access).is_dir()
+    return commit if known else None
+
+
+def remember_commit(repo_id: str, revision: str, commit: str, access: HubAccess) -> None:
+    """Record the commit of a branch or tag in the cache, for later offline runs."""
+    if COMMIT.fullmatch(revision):
+        return
+    ref = cache_of_repo(repo_id, access).joinpath("refs", *revision.split("/"))
+    with contextlib.suppress(OSError, ValueError):  # a read-only cache serves too
+        if not ref.exists() or ref.read_text(encoding="ascii") != commit:
+            replace_file(ref, commit.encode())
+
+
+# --- downloads -----------------------------------------------------------------------------------
 
 
 def download(

@@ -20,10 +20,15 @@ from vera_convert.files.file_names import (
 )
 from vera_convert.files.reading import LocalFile, open_local
 from vera_convert.files.walk import file_sizes
-from vera_convert.hub.cache import cache_of_repo, remember_commit, snapshot_of
 from vera_convert.hub.checksum import RepoFile
 from vera_convert.hub.client import asking_for, endpoint, repo_info
-from vera_convert.hub.download import download, is_sound
+from vera_convert.hub.download import (
+    cache_of_repo,
+    download,
+    is_sound,
+    remember_commit,
+    snapshot_of,
+)
 from vera_convert.hub.header_cache import HeaderCache
 from vera_convert.hub.location import HubAccess, Location, inside, not_cached, on_hub
 from vera_convert.hub.range_file import RemoteFile

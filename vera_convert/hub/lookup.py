@@ -21,9 +21,9 @@ from typing import Literal
 from vera_convert.errors import ParameterError, SurroundingsError, UsageError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import unreadable
-from vera_convert.hub.cache import cached_commit, snapshot_of
 from vera_convert.hub.checksum import RepoFile
 from vera_convert.hub.client import repo_info
+from vera_convert.hub.download import cached_commit, snapshot_of
 from vera_convert.hub.files import (
     adapter_files,
     fetch_adapter,

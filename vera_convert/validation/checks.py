@@ -8,7 +8,7 @@ If an earlier step failed to read the input of a step, the report lists the step
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 from vera_convert import rules
 from vera_convert.adapter.adapter import MAX_PROJECTION_BYTES, MAX_WIDTH, Adapter, StoredProjections
 from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.folder import is_left_out, module_folders, side_files
 from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.opening import Examined, examine, examined_folder
 from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
@@ -23,7 +24,7 @@ from vera_convert.conversion.proof import recognized
 from vera_convert.draws.generator import Rounding
 from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME, is_pickle, is_training_state
 from vera_convert.files.value_range import value_ranges
 from vera_convert.hub.lookup import (
     HubAccess,
@@ -35,7 +36,7 @@ from vera_convert.hub.lookup import (
 )
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.rules import Finding
-from vera_convert.text import printable
+from vera_convert.text import printable, there_are
 from vera_convert.validation.config import (
     TARGET_FIELDS,
     config_findings,
@@ -43,10 +44,10 @@ from vera_convert.validation.config import (
     undeclared_embeddings,
     uneven_findings,
 )
-from vera_convert.validation.files import folder_findings, names_findings
 from vera_convert.validation.result import Checked
 from vera_convert.validation.tensors import stored_findings, stripped_findings, value_findings
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 _REMOTE = Path(os.devnull, "on-the-hub")
 """The folder of an adapter left on the Hub; such a folder cannot exist."""
 
@@ -131,7 +132,7 @@ class _Check:
                 yield examined
                 self.checked = replace(self.checked, bytes_read=0 if location.repo_id else None)
             return
-        self.findings += names_findings(adapter_files(location, access), place=location.label)
+        self.findings += _names_findings(adapter_files(location, access), place=location.label)
         with (
             open_file(location, CONFIG_NAME, access) as config,
             open_file(location, WEIGHTS_NAME, access) as weights,
@@ -152,7 +153,7 @@ class _Check:
         elsewhere = {rules.MODEL_FOLDER, rules.ADAPTER_BELOW, rules.CONFIG_MISSING}
         is_here = elsewhere.isdisjoint(finding.rule for finding in examined.findings)
         if folder is not None and is_here:
-            self._step("the other files", lambda: folder_findings(folder))
+            self._step("the other files", lambda: _folder_findings(folder))
         if examined.config is not None:
             self._config(examined, examined.config, has_base=base_facts.base is not None)
         self._values(examined, base_facts, is_here=folder is not None)
@@ -277,3 +278,59 @@ def _are_unfit(stored: StoredProjections, config: VeraConfig) -> bool:
         or stored.nbytes > MAX_PROJECTION_BYTES
         or stored.A.shape[1] > MAX_WIDTH
     )
+
+
+# --- the other files -----------------------------------------------------------------------------
+
+
+def _folder_findings(folder: Path) -> Iterator[Finding]:
+    """Yield findings for the other files in an adapter's folder.
+
+    Raises:
+        SurroundingsError: a subfolder cannot be listed.
+    """
+    place = printable(folder.name or str(folder))
+    sides = side_files(folder)
+    for name in sides.outside:
+        if name in (CONFIG_NAME, WEIGHTS_NAME):
+            continue  # reported by the reader
+        yield rules.LINK_NOT_CARRIED.in_file(
+            printable(name), "the link leads out of the folder, or to a missing file."
+        )
+    yield from _left_out(sides.left_out, place)
+    yield from _unread_weights(sides.copied, place)
+
+
+def _names_findings(names: Collection[str], *, place: str) -> Iterator[Finding]:
+    """Yield findings for the names of a repo's files, relative to the adapter, with ``/``."""
+    pickled = sorted(
+        name for name in names if name.startswith("adapter_model.") and is_pickle(name)
+    )
+    if pickled:
+        yield rules.BOTH_KINDS.at(place, f"there is {printable(min(pickled))}, which is not used.")
+    beside = frozenset(names) - {CONFIG_NAME, WEIGHTS_NAME}
+    modules = module_folders(beside)
+    left_out = [name for name in sorted(beside) if is_left_out(name, modules)]
+    yield from _left_out(left_out, place)
+    yield from _unread_weights(sorted(beside.difference(left_out)), place)
+
+
+def _left_out(names: Iterable[str], place: str) -> Iterator[Finding]:
+    """Yield a note on files of a training run, and a note on foreign files."""
+    names = [name for name in names if not name.startswith("adapter_model.bin")]
+    for rule, chosen in (
+        (rules.TRAINING_STATE, [name for name in names if is_training_state(name)]),
+        (rules.STRANGE_FILES, [name for name in names if not is_training_state(name)]),
+    ):
+        if chosen:
+            yield rule.at(place, f"{there_are(chosen)}.")
+
+
+def _unread_weights(names: Collection[str], place: str) -> Iterator[Finding]:
+    """Yield a note on weights that PEFT ignores, except modules with a separate config."""
+    folders = module_folders(names)
+    unread = [
+        name for name in names if name.endswith(_WEIGHTS) and name.rpartition("/")[0] not in folders
+    ]
+    if unread:
+        yield rules.UNREAD_WEIGHTS.at(place, f"{there_are(unread)}.")
