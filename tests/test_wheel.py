@@ -108,6 +108,8 @@ def test_it_holds_the_package_the_schemas_and_nothing_else(wheel: Path) -> None:
         "vera_convert/base/tied_copies.toml",
         "vera_convert/base/unsupported_layouts.toml",
         "vera_convert/embeddings.toml",
+        "vera_convert/formats/document.toml",
+        "vera_convert/hub/refusals.toml",
         "vera_convert/lora/engines.toml",
         "vera_convert/lora/peft_targets.toml",
         "vera_convert/lora/pipeline_component.toml",

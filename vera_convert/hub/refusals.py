@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from vera_convert.errors import SurroundingsError
 from vera_convert.hub.redaction import redacted
+from vera_convert.tables import table
 from vera_convert.text import printable
 
 
@@ -95,48 +96,15 @@ def refused(
         reason = f"the Hub answers {status}" + (" (too many requests)" if limited else "")
         return TryAgainError(reason, after=_asked_to_wait(headers), limited=limited)
     code = headers.get("x-error-code", "")
-    if code in _NOT_FOUND:
-        return RefusedError(
-            f"{what} was not found on the Hub: {_NOT_FOUND[code]}.", Refusal.MISSING
-        )
+    texts = table(__file__, "refusals.toml")
+    if code in texts["not_found"]:
+        reason = f"{what} was not found on the Hub: {texts['not_found'][code]}"
+        return RefusedError(reason, Refusal.MISSING)
     refusal = _refusal(status, code, said, with_token=with_token)
     if refusal is None:
         return SurroundingsError(f"{what} could not be read from the Hub, which answers {status}.")
-    reason, _, remedy = f"{_ADVICE[refusal]}.".partition(". ")
-    return RefusedError(f"{what} could not be read from the Hub: {reason}.", refusal, remedy)
-
-
-_NOT_FOUND = {
-    "RevisionNotFound": (
-        "the repo has no such revision. Check the spelling of branch, tag or commit"
-    ),
-    "EntryNotFound": "the repo has no such file at this commit",
-}
-
-_ADVICE = {
-    Refusal.MISSING: (
-        "the Hub has no such repo. Check the spelling. A private repo looks the same to an account "
-        "that may not read the repo: then log in with `hf auth login` or pass --token"
-    ),
-    Refusal.PRIVATE: (
-        "the Hub has no such repo, or the repo is private. Check the spelling; for a private repo "
-        "log in with `hf auth login` or pass --token, as an account that may read the repo"
-    ),
-    Refusal.GATED: (
-        "the repo is gated. Accept the terms on the repo's page on the Hub, then log in with "
-        "`hf auth login` or pass --token"
-    ),
-    Refusal.DISABLED: (
-        "the Hub has disabled the repo, and nobody can read the repo. Use another copy of the "
-        "model, or ask the repo's owner"
-    ),
-    Refusal.BAD_TOKEN: (
-        "the Hub does not accept the token, which is misspelled, expired or revoked. Make a new "
-        "token in the settings of your account, then pass the token with --token, set HF_TOKEN, or "
-        "log in with `hf auth login`"
-    ),
-}
-"""The reason and the remedy of each lasting refusal, one sentence each or more."""
+    reason = f"{what} could not be read from the Hub: {texts[refusal]['reason']}"
+    return RefusedError(reason, refusal, texts[refusal]["remedy"])
 
 
 def _refusal(status: int, code: str, said: str, *, with_token: bool) -> Refusal | None:

@@ -35,21 +35,13 @@ from vera_convert.lora.engines import EngineName, Form
 from vera_convert.lora.forms import DIFFUSERS_METADATA
 from vera_convert.lora.gguf_form import restored_B
 from vera_convert.lora.gguf_reading import read_gguf
+from vera_convert.tables import table
 from vera_convert.text import printable
 
 _CONFIG_LIMIT = 10_000_000
 _FORMS = {WEIGHTS_NAME: Form.PEFT, DIFFUSERS_NAME: Form.DIFFUSERS, MLX_NAME: Form.MLX}
 _FORM_REMEDY = "Pass the LoRA's folder. To compare two forms of an adapter, use --adapter."
 _PARTS = {".lora_A.weight": 0, ".lora_B.weight": 1, ".lora_a": 0, ".lora_b": 1}
-_OTHER_LORAS = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-)
-"""Fields of PEFT's config with which a layer computes something else than the plain product."""
 
 
 Scaling = Callable[[str, int], float]
@@ -209,7 +201,8 @@ def _by_alpha(config: Mapping[str, object], default: float | None) -> Scaling:
         raise malformed
     if alpha is not None and not _is_number(alpha):
         raise malformed
-    other = next((field for field in _OTHER_LORAS if config.get(field)), None)
+    others = table(__file__, "peft_targets.toml")["other_loras"].split()
+    other = next((field for field in others if config.get(field)), None)
     if other is not None:
         raise _unreadable(CONFIG_NAME, f"{other} is set, so the layers are no plain LoRA")
     is_rank_stabilized = bool(config.get("use_rslora"))
