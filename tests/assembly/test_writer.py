@@ -201,9 +201,6 @@ def test_sums_of_another_precision_show_in_the_product() -> None:
 
 
 def test_numbers_are_added_in_the_order_of_the_blocks() -> None:
-    tally = writer._Tally()
     parts = [Numbers(1, 0, 0.1 * n, 0.0, 1e16 if n == 2 else 1.0) for n in range(4)]
-    for n in (2, 0, 3, 1):
-        tally.add(n, n + 1, parts[n])
-    assert tally.total == parts[0] + parts[1] + parts[2] + parts[3]
-    assert not tally.early
+    total = writer.in_order({n: parts[n] for n in (2, 0, 3, 1)})
+    assert total == parts[0] + parts[1] + parts[2] + parts[3]

@@ -318,9 +318,9 @@ def test_small_tensors_are_compared_in_runs_and_each_is_judged(
     reads: list[int] = []
     raw = pairs.Pair.raw
 
-    def counted(pair: pairs.Pair, first: int, last: int) -> Any:
+    def counted(pair: pairs.Pair, first: int, last: int, buffers: pairs.Buffers) -> Any:
         reads.append(last - first)
-        return raw(pair, first, last)
+        return raw(pair, first, last, buffers)
 
     monkeypatch.setattr(pairs.Pair, "raw", counted)
     result = layers(adapter, base, tmp_path / "out")

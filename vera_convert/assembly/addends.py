@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -150,13 +151,7 @@ class Numbers:
         }
 
     def __add__(self, other: Numbers) -> Numbers:
-        return Numbers(
-            self.values + other.values,
-            self.changed + other.changed,
-            self.base + other.base,
-            self.change + other.change,
-            self.loss + other.loss,
-        )
+        return Numbers(*map(add, astuple(self), astuple(other)))
 
 
 def four_digits(value: float) -> float:

@@ -114,9 +114,11 @@ class StoredTensor:
         """The number of bytes."""
         return self.count * BITS[self.dtype] // 8
 
-    def read(self, first: int, last: int) -> NDArray[np.uint8]:
-        """Return the bytes `first` to `last` (exclusive)."""
-        found = np.empty(last - first, np.uint8)
+    def read(
+        self, first: int, last: int, buffer: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
+        """Return the bytes `first` to `last` (exclusive), in the memory of a buffer or in new."""
+        found = np.empty(last - first, np.uint8) if buffer is None else buffer[: last - first]
         with self.file.open() as source:
             source.read_into(self.start + first, found.data)
         return found

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -121,24 +121,25 @@ class _Block:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """Consecutive blocks of a file, which one thread writes."""
+    """Consecutive blocks of a file, which one thread writes and reports to the finisher."""
 
     file: NewFile
+    finisher: Finisher
     blocks: tuple[_Block, ...]
 
 
-def _jobs(file: NewFile) -> Iterator[_Job]:
+def _jobs(file: NewFile, finisher: Finisher) -> Iterator[_Job]:
     """Yield the jobs of a file: each large block alone, small blocks together."""
     gathered: list[_Block] = []
     size = 0
     for block in _blocks(file):
         if gathered and size + block.size > JOB_BYTES:
-            yield _Job(file, tuple(gathered))
+            yield _Job(file, finisher, tuple(gathered))
             gathered, size = [], 0
         gathered.append(block)
         size += block.size
     if gathered:
-        yield _Job(file, tuple(gathered))
+        yield _Job(file, finisher, tuple(gathered))
 
 
 def _blocks(file: NewFile) -> Iterator[_Block]:
@@ -148,21 +149,6 @@ def _blocks(file: NewFile) -> Iterator[_Block]:
             whole, step = piece.tensor.shape[0], piece.tensor.block_rows
         for first in range(0, whole, step):
             yield _Block(piece, first, min(first + step, whole))
-
-
-@dataclass(slots=True)
-class _Tally:
-    """The statistics of a tensor, added in the order of the blocks, in any order of arrival."""
-
-    total: Numbers = field(default_factory=Numbers)
-    rows: int = 0
-    early: dict[int, tuple[int, Numbers]] = field(default_factory=dict)
-
-    def add(self, first: int, last: int, numbers: Numbers) -> None:
-        self.early[first] = (last, numbers)
-        while self.rows in self.early:
-            self.rows, numbers = self.early.pop(self.rows)
-            self.total += numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,9 +191,8 @@ class Assembler:
         self._lock = threading.Lock()
         self._done = 0
         self._left: dict[str, int] = {}
-        self._tallies: dict[str, dict[str, _Tally]] = {}
+        self._numbers: dict[str, dict[str, dict[int, Numbers]]] = {}
         self._folder = Path()
-        self._finisher: Finisher | None = None
         self._sizes = buffer_sizes_for(
             [piece.tensor for file in files for piece in file.pieces if isinstance(piece, Computed)]
         )
@@ -255,29 +240,30 @@ class Assembler:
         results: dict[str, Finished] = {}
 
         def finish(name: str, digest: str | None) -> None:
-            numbers = {tensor: tally.total for tensor, tally in self._tallies[name].items()}
-            results[name] = Finished(numbers, digest)
+            blocks_of = self._numbers.pop(name).items()
+            totals = {tensor: in_order(blocks) for tensor, blocks in blocks_of}
+            results[name] = Finished(totals, digest)
             on_finished(name, results[name])
 
         self._folder = folder
         todo = [file for file in self._files if file.name not in finished]
         self._done = sum(file.size for file in self._files if file.name in finished)
         with Finisher(hashes=hashes, compares=self._check, on_finished=finish) as finisher:
-            self._finisher = finisher
+
+            def told() -> None:
+                finisher.raise_failure()
+                progress(self._done)
+
             try:
                 for file in todo:
                     self._begin(file, finisher)
-                jobs = (job for file in todo for job in _jobs(file))
-                self._pool.run(jobs, tell=lambda: self._tell(finisher, progress))
+                jobs = (job for file in todo for job in _jobs(file, finisher))
+                self._pool.run(jobs, tell=told)
             except BaseException:
                 self._pool.close()  # no thread may write to a folder that is removed next
                 raise
         progress(self._done)
         return results
-
-    def _tell(self, finisher: Finisher, progress: Callable[[int], None]) -> None:
-        finisher.raise_failure()
-        progress(self._done)
 
     def _prepare(self) -> Callable[[_Job], None]:
         self._device.product()
@@ -291,8 +277,8 @@ class Assembler:
             target.write(file.head)
             target.truncate(file.size)
         self._left[file.name] = sum(piece.size for piece in file.pieces)
-        self._tallies[file.name] = {
-            piece.tensor.name: _Tally()
+        self._numbers[file.name] = {
+            piece.tensor.name: {}
             for piece in file.pieces
             if isinstance(piece, Computed) and piece.tensor.terms
         }
@@ -319,25 +305,28 @@ class Assembler:
                 numbers = _compute(piece, block, workspace, source)
                 if piece.tensor.terms:
                     with self._lock:
-                        tally = self._tallies[job.file.name][piece.tensor.name]
-                        tally.add(block.first, block.last, numbers)
+                        self._numbers[job.file.name][piece.tensor.name][block.first] = numbers
                 data = workspace.written_bytes(piece.tensor, block.first, block.last)
                 write_at(target, block.at, data)
                 digest = digest_of(data) if self._check else None
                 written.append(Written(block.at, block.size, digest))
-        self._account(job.file, written)
+        self._account(job, written)
 
-    def _account(self, file: NewFile, written: Sequence[Written]) -> None:
+    def _account(self, job: _Job, written: Sequence[Written]) -> None:
         """Tell the finisher which ranges have been written."""
-        assert self._finisher is not None  # noqa: S101 -- jobs run only while there is one
-        size = sum(part.size for part in written)
+        name, size = job.file.name, sum(part.size for part in written)
         with self._lock:
             for part in written if self._check else [Written(written[0].at, size)]:
-                self._finisher.written(file.name, part)
+                job.finisher.written(name, part)
             self._done += size
-            self._left[file.name] -= size
-            if not self._left[file.name]:
-                self._finisher.complete(file.name)
+            self._left[name] -= size
+            if not self._left[name]:
+                job.finisher.complete(name)
+
+
+def in_order(blocks: Mapping[int, Numbers]) -> Numbers:
+    """Return the statistics of all blocks, added by the first rows, which decides the last bits."""
+    return sum((blocks[first] for first in sorted(blocks)), Numbers())
 
 
 def _compute(piece: Computed, block: _Block, workspace: Workspace, source: LocalFile) -> Numbers:

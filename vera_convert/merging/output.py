@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vera_convert._version import __version__
-from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.writer import Computed, CopiedRange, NewFile
 from vera_convert.base.model import read_base
 from vera_convert.base.side_files import of_dtype, untied
@@ -78,7 +77,9 @@ def plan_merge(inputs: MergeInputs) -> MergePlan:
         replaced=replaced,
     )
     files.append(NewFile(CARD_NAME, card.encode()))
-    files += [_copied(name, file) for name, file in inputs.side_files.items()]
+    for name, file in inputs.side_files.items():
+        pieces = (CopiedRange(file, 0, file.size, 0),) if file.size else ()
+        files.append(NewFile(name, pieces=pieces))
     return MergePlan(inputs, changes, edits, replaced, weights, tuple(files))
 
 
@@ -117,11 +118,6 @@ def _library(inputs: MergeInputs) -> str:
     if "_class_name" in inputs.base.model.config or inputs.base.model.prefix:
         return "diffusers"
     return "sentence-transformers" if MODULES_NAME in inputs.side_files else "transformers"
-
-
-def _copied(name: str, file: InputFile) -> NewFile:
-    pieces = (CopiedRange(file, 0, file.size, 0),) if file.size else ()
-    return NewFile(name, pieces=pieces)
 
 
 # --- for people ----------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from vera_convert import rules
 from vera_convert.arguments import (
@@ -93,21 +92,13 @@ class VerifyOptions:
 
     def refuse_unused(self, *, merged: bool, lora: bool) -> None:
         """Raise `UsageError` for an option that the given comparisons do not use."""
-        of_runs = {
-            "layers_only": self.layers_only or None,
-            "samples": self.samples,
-            "text": self.text,
-        }
-        given = {
-            "weight": self.weight,
-            "add": self.add or None,
-            "dtype": self.dtype,
-            "tied": self.tied,
-            "dequantize": self.dequantize,
-            **({} if lora else of_runs),
-            "jobs": self.jobs,
-        }
-        names = [name for name, value in given.items() if value is not None]
+        of_runs = () if lora else ("layers_only", "samples", "text")
+        default = VerifyOptions()
+        names = [
+            name
+            for name in ("weight", "add", "dtype", "tied", "dequantize", *of_runs, "jobs")
+            if getattr(self, name) != getattr(default, name)
+        ]
         if names and not merged:
             sentence = f"{_slots(names)}: only for a merged model; give --merged MODEL."
             raise ConflictError(sentence, *names)
@@ -128,16 +119,10 @@ def settle(
     """
     if provenance is not None:
         _require_all_adapters(options.add, provenance)
-    options_given: dict[str, Any] = {
-        "projections": options.projections,
-        "generator": options.generator,
-        "base_dtype": base.dtype,
-        "key_map": tuple(base.key_map) or None,
-        "dtype": options.dtype,
-        "tied": options.tied,
-        "dequantize": options.dequantize,
-    }
-    given = {name: value for name, value in options_given.items() if value is not None}
+    own = ("projections", "generator", "dtype", "tied", "dequantize")
+    given = {name: getattr(options, name) for name in own}
+    given |= {"base_dtype": base.dtype, "key_map": tuple(base.key_map) or None}
+    given = {name: value for name, value in given.items() if value is not None}
     weights = [options.weight, *(each.weight for each in options.add)]
     names = {*given, *(["weight"] if any(each is not None for each in weights) else [])}
     recorded = MergeSettings() if provenance is None else provenance.settings

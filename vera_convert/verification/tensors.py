@@ -29,7 +29,7 @@ from vera_convert.verification.comparator import (
     compare_conversion,
 )
 from vera_convert.verification.diagnosis import cause
-from vera_convert.verification.pairs import Block, Pair, blocks_of, pairs_of
+from vera_convert.verification.pairs import Block, Buffers, Pair, blocks_of, new_buffers, pairs_of
 
 _MOST_CAUSES = 64
 """For how many wrong tensors, the worst first, a cause is looked for."""
@@ -279,12 +279,12 @@ def _comparisons(pairs: Mapping[str, Pair], jobs: int, progress: Progress) -> di
     lock = threading.Lock()
 
     def worker() -> Callable[[Block], None]:
-        """Return a function that compares a block, with the operands of a thread."""
-        comparators: dict[str, Comparator] = {}
+        """Return a function that compares a block, with the buffers and operands of a thread."""
+        buffers, comparators = new_buffers(), dict[str, Comparator]()
 
         def work(block: Block) -> None:
             nonlocal done
-            results = [*_compared(block, comparators)]
+            results = [*_compared(block, buffers, comparators)]
             with lock:
                 for pair, comparison in zip(block.run, results, strict=True):
                     found[pair.expected.name] += comparison
@@ -298,17 +298,20 @@ def _comparisons(pairs: Mapping[str, Pair], jobs: int, progress: Progress) -> di
     return found
 
 
-def _compared(block: Block, comparators: dict[str, Comparator]) -> Iterator[Comparison]:
+def _compared(
+    block: Block, buffers: Buffers, comparators: dict[str, Comparator]
+) -> Iterator[Comparison]:
     """Yield the result for each tensor of a block.
 
     Args:
         block: the block.
+        buffers: the buffers to read copied bytes into.
         comparators: the comparator of the current tensor by name; a new tensor replaces the old.
     """
     pair, first, last = block.run[0], block.first, block.last
     tensor = pair.expected
     if tensor.is_copied:
-        found, wanted = pair.raw(first, last)
+        found, wanted = pair.raw(first, last, buffers)
         end = 0
         for each in block.run:
             start, end = end, min(end + each.found.nbytes, len(found))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -237,10 +237,10 @@ class Adapters(PeftMethods):
 
     # ---------------------------------------------------------------------------------------------
 
-    def _layers(self) -> Iterator[tuple[str, VeraLinear]]:
-        return (
-            (p, module) for p, module in modules_of(self.model) if isinstance(module, VeraLinear)
-        )
+    def vera_layers(self) -> dict[str, VeraLinear]:
+        """Return the wrapped layers by path."""
+        found = modules_of(self.model)
+        return {path: module for path, module in found if isinstance(module, VeraLinear)}
 
     def _trained(self, adapter: str) -> dict[str, Tensor]:
         return trained_tensors(self.model, adapter, bias=self.configs[adapter].bias)
@@ -288,7 +288,8 @@ class Adapters(PeftMethods):
     def _refill(self, adapter: str, contents: Contents) -> None:
         """Replace an adapter's values by a stored adapter's, of the same layers and rank."""
         self.refuse_merged("other values are loaded", adapter)
-        layers = {p: layer for p, layer in self._layers() if adapter in layer.vera_lambda_d}
+        layers = self.vera_layers()
+        layers = {path: each for path, each in layers.items() if adapter in each.vera_lambda_d}
         if layers.keys() != contents.vectors.keys() or contents.config.r != self.configs[adapter].r:
             raise UsageError(
                 f"this model has an adapter {adapter} with other layers or another rank: load this "
@@ -355,6 +356,7 @@ class Adapters(PeftMethods):
 
     def refuse_merged(self, before: str, adapter: str | None = None) -> None:
         """Raise `UsageError` if this adapter is merged; for None, if any adapter is merged."""
-        merged = dict.fromkeys(name for _, layer in self._layers() for name in layer.merged)
+        layers = self.vera_layers().values()
+        merged = dict.fromkeys(name for layer in layers for name in layer.merged)
         if adapter in merged or (adapter is None and merged):
             raise UsageError(f"{', '.join(merged)} is merged: call unmerge() before {before}.")

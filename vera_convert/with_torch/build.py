@@ -321,16 +321,11 @@ def build_model(plan: Blueprint) -> nn.Module:
         if plan.rows is not None:  # the adapter holds the values of every row
             model.resize_token_embeddings(plan.rows, mean_resizing=False)
         if plan.head is not None:
-            _fill_new_rows(model.get_output_embeddings().weight, plan)
+            # The new rows of the head are also those of an embedding that is tied to the head.
+            old = embedding_rows(plan.base)
+            with torch.no_grad():
+                model.get_output_embeddings().weight[old:] = plan.head[old:]
         return model.eval()
-
-
-def _fill_new_rows(weight: Tensor, plan: Blueprint) -> None:
-    """Fill the new rows of a resized head, also of the embedding that is tied to the head."""
-    old = embedding_rows(plan.base)
-    assert plan.head is not None  # noqa: S101 -- as the caller checked
-    with torch.no_grad():
-        weight[old:] = plan.head[old:]
 
 
 def as_stored(dtype: str | torch.dtype = "auto") -> dict[str, str | torch.dtype]:

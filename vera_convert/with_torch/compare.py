@@ -49,7 +49,7 @@ from vera_convert.with_torch.build import Blueprint, UnfitError, blueprint, buil
 from vera_convert.with_torch.compare_quantized import compare_quantized
 from vera_convert.with_torch.layer import VeraLinear
 from vera_convert.with_torch.model import VeraModel
-from vera_convert.with_torch.modules import modules_of, share_trained
+from vera_convert.with_torch.modules import share_trained
 from vera_convert.with_torch.runs import Runs, loaded_by_peft, wrapped_model
 from vera_convert.with_torch.samples import Outputs
 from vera_convert.with_torch.untying import has_tied_head, scales_logits_here
@@ -113,7 +113,7 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
     model, base = runs.base(plan)
     runs.enter(Stage.MERGE)
     vera = wrapped_model(model, job)
-    layers = {name: part for name, part in modules_of(vera.model) if isinstance(part, VeraLinear)}
+    layers = vera.vera_layers()
     dtype = getattr(torch, job.settings.dtype) if job.settings.dtype is not None else None
     if plan.packed is not None:
         _round_others(vera.model, layers.values(), dtype or _torch_dtype(plan.packed.dtype))
@@ -299,8 +299,8 @@ def _layers(
 ) -> list[tuple[VeraLinear, Tensor, Tensor]]:
     """Return the layers of the adapter with the LoRA's factors, scaled."""
     found = []
-    for path, module in modules_of(vera.model):
-        if isinstance(module, VeraLinear) and path in lora.layers:
+    for path, module in vera.vera_layers().items():
+        if path in lora.layers:
             A, B = lora.layers[path].factors()
             found.append((module, to_tensor(A).to(wide), to_tensor(B).to(wide)))
     return found

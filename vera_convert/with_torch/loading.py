@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_convert import rules
-from vera_convert.adapter.adapter import AdaptedLayer, Adapter
+from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, parse_config
 from vera_convert.adapter.names import A_NAME, PREFIX
 from vera_convert.adapter.opening import open_adapter
@@ -223,7 +223,9 @@ def stored_contents(
         return Contents(
             config=replace(adapter.config, modules_to_save=adapter.config.saved_modules or None),
             vectors={
-                path: _stored_vectors(adapter.layers[path]) for path in layers.linear if path in own
+                path: (to_tensor(each.lambda_d.array()), to_tensor(each.lambda_b.array()))
+                for path in layers.linear
+                if (each := adapter.layers.get(path)) is not None
             },
             A=to_tensor(pair.A),
             B=to_tensor(pair.B),
@@ -287,11 +289,6 @@ def _matched(adapter: Adapter, layers: ModelLayers, model: nn.Module) -> dict[st
     ]
     refuse(wrong)
     return matched
-
-
-def _stored_vectors(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
-    """Read d (r,) and b (out,) of a layer."""
-    return to_tensor(layer.lambda_d.array()), to_tensor(layer.lambda_b.array())
 
 
 def _require_width(columns: int, own: Mapping[str, Linear], model: str) -> None:

@@ -166,7 +166,8 @@ class VeraModel(Adapters):
         tied = None if tied is None else one_of("tied", Tied, tied)
         if not self.enabled:
             raise UsageError("the adapters are switched off: enable the adapters before merging.")
-        layers = {path: layer for path, layer in self._layers() if layer.unmerged(merged)}
+        layers = self.vera_layers()
+        layers = {path: each for path, each in layers.items() if each.unmerged(merged)}
         for layer in layers.values():
             layer.dense_weight()
         names = names_of_weights(self.model)
@@ -188,7 +189,7 @@ class VeraModel(Adapters):
 
     def unmerge(self) -> None:
         """Subtract the merged deltas. This restores the weights up to rounding, not bit for bit."""
-        for _, layer in self._layers():
+        for layer in self.vera_layers().values():
             layer.unmerge()
 
     def unload(self) -> nn.Module:

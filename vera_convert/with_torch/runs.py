@@ -17,9 +17,7 @@ from vera_convert.text import counted, printable
 from vera_convert.verification.model_comparison import ModelJob, Stage, Tell
 from vera_convert.with_torch.arrays import to_tensor
 from vera_convert.with_torch.build import Blueprint, UnfitError, build_model, guarded
-from vera_convert.with_torch.layer import VeraLinear
 from vera_convert.with_torch.model import VeraModel
-from vera_convert.with_torch.modules import modules_of
 from vera_convert.with_torch.samples import Outputs, Sample, drawn_samples, run_model, text_samples
 
 
@@ -97,9 +95,9 @@ def wrapped_model(model: nn.Module, job: ModelJob) -> VeraModel:
             key_map=settings.key_map,
             access=HubAccess(offline=True),
         )
-        for _, module in modules_of(vera.model):
-            if isinstance(module, VeraLinear) and name in module.vera_lambda_b:
-                module.vera_lambda_b[name].data.mul_(weight)
+        for layer in vera.vera_layers().values():
+            if name in layer.vera_lambda_b:
+                layer.vera_lambda_b[name].data.mul_(weight)
     vera.set_adapter(*names, trainable=False)
     vera.eval()
     return vera
