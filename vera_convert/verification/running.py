@@ -18,17 +18,16 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from vera_convert.arguments import Progress, no_progress
 from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.tables import table
 from vera_convert.text import printable
 from vera_convert.verification.model_comparison import (
     INSTEAD,
@@ -70,12 +69,8 @@ class Limits:
     times: Mapping[Stage, Limit] | None = None
 
 
-@cache
-def _tables() -> Mapping[str, Any]:
-    """Return the stages and the environment of the child: see ``running.toml``."""
-    return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-
-
+_TABLE = "running.toml"
+"""The stages and the environment of the child."""
 _LONGEST_LINE = 1 << 20
 _LOOK_EVERY = 0.1
 """Seconds between two looks at the child, and the time to answer a signal to the parent."""
@@ -112,7 +107,8 @@ def _started(scratch: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start the child, and end the child when the block ends."""
     if not sys.executable:
         raise SurroundingsError(f"no Python interpreter was found to run a model. {INSTEAD}")
-    hidden, fixed = _tables()["kept_back"]["names"], _tables()["environment"]
+    facts = table(__file__, _TABLE)
+    hidden, fixed = facts["kept_back"]["names"], facts["environment"]
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
     # With -P no file of the working directory replaces a module.
     path = os.pathsep.join(dict.fromkeys(os.path.abspath(p) for p in sys.path if p))  # noqa: PTH100
@@ -163,7 +159,7 @@ def _result(
     threading.Thread(target=_read, args=(child.stdout, lines), daemon=True).start()
     stage, begun = Stage.START, time.monotonic()
     while True:
-        told = _tables()["stages"][stage]
+        told = table(__file__, _TABLE)["stages"][stage]
         limit = (limits.times or {}).get(stage) or Limit(told["seconds"], told["seconds_per_gib"])
         seconds = limit.seconds + limit.seconds_per_gib * weights / _GIB
         try:
