@@ -45,11 +45,7 @@ class Program(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command; None for an unknown name."""
-        if cmd_name not in MODULES:
-            return None
-        module = import_module(f"vera_convert.cli.{MODULES[cmd_name]}")
-        made: click.Command = getattr(module, cmd_name.replace("-", "_"))()
-        return made
+        return _command(cmd_name) if cmd_name in MODULES else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -63,15 +59,16 @@ class Program(click.Group):
         """Write the commands, each section below its title."""
         assert isinstance(formatter, Formatter)
         sections = {
-            title: [(name, _short_help(self, ctx, name)) for name in names]
+            title: [(name, _command(name).short_help or "") for name in names]
             for title, (_, names) in SECTIONS.items()
         }
         formatter.write_sections(sections)
 
 
-def _short_help(program: Program, ctx: click.Context, name: str) -> str:
-    command = program.get_command(ctx, name)
-    return (command.short_help if command is not None else None) or ""
+def _command(name: str) -> click.Command:
+    module = import_module(f"vera_convert.cli.{MODULES[name]}")
+    made: click.Command = getattr(module, name.replace("-", "_"))()
+    return made
 
 
 program = click.version_option(

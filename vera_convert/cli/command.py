@@ -15,7 +15,7 @@ import click
 from vera_convert.cli.help import EXIT_STATUSES, Argument, Command
 from vera_convert.cli.options import CommonOptions, parameters
 from vera_convert.cli.output import progress_of_parts
-from vera_convert.cli.values import Adapter, name_of
+from vera_convert.cli.values import name_of
 from vera_convert.errors import ConflictError, ParameterError, SurroundingsError
 from vera_convert.files.file_names import CONFIG_NAME
 
@@ -28,7 +28,7 @@ OUT_FOLDER = "A new folder to write; with --force, an earlier output is replaced
 
 def adapter_argument(name: str = "adapter", **attributes: Any) -> click.Argument:
     """Return the argument ADAPTER."""
-    return Argument(name, type=Adapter(), text=ADAPTER_HELP, **attributes)
+    return Argument(name, type=click.Path(readable=False), text=ADAPTER_HELP, **attributes)
 
 
 def out_argument(text: str) -> click.Argument:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from vera_convert.arguments import base_dtype_name, dtype_name, peft_version, texts
 from vera_convert.dtypes import BASE_NAMES
@@ -62,18 +61,6 @@ class Parsed(click.ParamType):  # type: ignore[type-arg] # generic only from cli
         if not isinstance(value, str) or param is None:
             return value
         return self.parse(name_of(param), value)
-
-
-class Adapter(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
-    """A folder, a file or a repo on the Hub; a shell completes paths."""
-
-    name = "text"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Leave the completion to the shell's own completion of paths."""
-        return [CompletionItem(incomplete, type="file")]
 
 
 class Choice(click.Choice):  # type: ignore[type-arg] # generic only from click 8.2

@@ -144,20 +144,15 @@ def _known(cause: BaseException) -> tuple[bool, str] | None:
     import socket
     import ssl
 
-    match cause:
-        case socket.gaierror():
-            return False, "the server's name is not known here"
-        case ssl.SSLCertVerificationError():
-            return False, "the server's certificate is not accepted"
-        case ConnectionRefusedError():
-            return False, "the connection was refused"
-        case ssl.SSLError():
-            return True, "the encryption failed"
-        case TimeoutError():
-            return True, "the server did not answer in time"
-        case ConnectionError():
-            return True, "the connection was broken off"
-    return None
+    reasons = {
+        socket.gaierror: (False, "the server's name is not known here"),
+        ssl.SSLCertVerificationError: (False, "the server's certificate is not accepted"),
+        ConnectionRefusedError: (False, "the connection was refused"),
+        ssl.SSLError: (True, "the encryption failed"),
+        TimeoutError: (True, "the server did not answer in time"),
+        ConnectionError: (True, "the connection was broken off"),
+    }
+    return next((said for kind, said in reasons.items() if isinstance(cause, kind)), None)
 
 
 def failure(
