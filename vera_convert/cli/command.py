@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -37,14 +38,15 @@ def out_argument(text: str) -> click.Argument:
 
 
 def command(
-    options: type[CommonOptions], *arguments: click.Argument, examples: str
+    options: type[CommonOptions], *arguments: click.Argument
 ) -> Callable[[Callable[..., None]], Callable[[], Command]]:
     """Return a decorator that makes a command of a function, when the command is first asked for.
+
+    The help is the docstring of the function, which ends with examples.
 
     Args:
         options: the class of options that the function takes after the arguments.
         arguments: the arguments, in order.
-        examples: lines of the help, shown unchanged.
     """
     names = [str(argument.name) for argument in arguments]
 
@@ -62,14 +64,14 @@ def command(
 
         @cache
         def made() -> Command:
-            text = inspect.getdoc(function) or ""
+            text, _, examples = (inspect.getdoc(function) or "").partition("\n\nExamples:\n")
             return Command(
                 function.__name__.replace("_", "-"),
                 callback=call,
                 params=[*arguments, *parameters(options)],
                 help=text,
                 short_help=text.partition("\n")[0].removesuffix("."),
-                examples=inspect.cleandoc(examples).splitlines(),
+                examples=textwrap.dedent(examples).splitlines(),
                 statuses=EXIT_STATUSES,
             )
 

@@ -43,20 +43,16 @@ class StripOptions(AdapterOptions, ProjectionChoice, AcceptChoice, ForceChoice):
     """Options of `strip`."""
 
 
-@command(
-    StripOptions,
-    adapter_argument(),
-    out_argument(OUT_FOLDER),
-    examples="""
-    vera-convert strip ./adapter ./stripped
-    vera-convert strip org/adapter ./stripped --base ./model
-    """,
-)
+@command(StripOptions, adapter_argument(), out_argument(OUT_FOLDER))
 def strip(adapter: str, out: Path, options: StripOptions) -> None:
     """Remove A and B from an adapter if PEFT can regenerate them.
 
     Before anything is removed, A and B are regenerated and compared bit for bit with the stored
     matrices.
+
+    Examples:
+        vera-convert strip ./adapter ./stripped
+        vera-convert strip org/adapter ./stripped --base ./model
     """
     from vera_convert.conversion.strip_embed import strip as run
     from vera_convert.formats.results import conversion_text
@@ -68,17 +64,14 @@ class EmbedOptions(DimsChoice, GeneratorChoice, ProjectionChoice, ForceChoice):
     """Options of `embed`."""
 
 
-@command(
-    EmbedOptions,
-    adapter_argument(),
-    out_argument(OUT_FOLDER),
-    examples="""
-    vera-convert embed ./stripped ./embedded
-    vera-convert embed ./stripped ./embedded --base ./model --base-dtype bfloat16
-    """,
-)
+@command(EmbedOptions, adapter_argument(), out_argument(OUT_FOLDER))
 def embed(adapter: str, out: Path, options: EmbedOptions) -> None:
-    """Regenerate A and B and store them in an adapter."""
+    """Regenerate A and B and store them in an adapter.
+
+    Examples:
+        vera-convert embed ./stripped ./embedded
+        vera-convert embed ./stripped ./embedded --base ./model --base-dtype bfloat16
+    """
     from vera_convert.conversion.strip_embed import embed as run
     from vera_convert.formats.results import conversion_text
 
@@ -115,19 +108,15 @@ class MigrateOptions(StripOptions):
         return replace(super().base_options(), places=self.base_for)
 
 
-@command(
-    MigrateOptions,
-    adapter_argument(),
-    out_argument(OUT_FOLDER),
-    examples="""
-    vera-convert migrate ./adapter ./current --to asis
-    vera-convert migrate ./adapters ./stripped --to stripped --recursive
-    """,
-)
+@command(MigrateOptions, adapter_argument(), out_argument(OUT_FOLDER))
 def migrate(adapter: str, out: Path, options: MigrateOptions) -> None:
     """Repair an adapter and bring it to PEFT's current form.
 
     Every change is listed.
+
+    Examples:
+        vera-convert migrate ./adapter ./current --to asis
+        vera-convert migrate ./adapters ./stripped --to stripped --recursive
     """
     from vera_convert.conversion import migration
     from vera_convert.formats.results import conversion_text
@@ -189,17 +178,14 @@ class LoraChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, ForceChoice
     dry_run: bool = flag(OUTPUT, "Measure and print the result, and write nothing.")
 
 
-@command(
-    LoraChoices,
-    adapter_argument(),
-    out_argument(OUT_FOLDER),
-    examples="""
-    vera-convert to-lora ./adapter ./lora --for vllm
-    vera-convert to-lora ./adapter ./lora --rank 64 --dtype bfloat16
-    """,
-)
+@command(LoraChoices, adapter_argument(), out_argument(OUT_FOLDER))
 def to_lora(adapter: str, out: Path, options: LoraChoices) -> None:
-    """Write the LoRA with the same delta, for engines without VeRA."""
+    """Write the LoRA with the same delta, for engines without VeRA.
+
+    Examples:
+        vera-convert to-lora ./adapter ./lora --for vllm
+        vera-convert to-lora ./adapter ./lora --rank 64 --dtype bfloat16
+    """
     from vera_convert.formats.results import lora_text
     from vera_convert.lora.conversion import to_lora as run
     from vera_convert.lora.options import LoraOptions
@@ -233,15 +219,15 @@ _OF_ADAPTER = ("base", "base_revision", "base_dtype", "key_map", "revision")
 @command(
     RegenerateOptions,
     out_argument("A new .safetensors file to write; with --force, an earlier output is replaced."),
-    examples="""
-    vera-convert regenerate ab.safetensors --for ./adapter
-    vera-convert regenerate ab.safetensors --rank 256 --in-features 4096 --out-features 4096
-    """,
 )
 def regenerate(out: Path, options: RegenerateOptions) -> None:
     """Write A and B alone, regenerated from a key.
 
     Give --rank, --in-features and --out-features, or --for ADAPTER.
+
+    Examples:
+        vera-convert regenerate ab.safetensors --for ./adapter
+        vera-convert regenerate ab.safetensors --rank 256 --in-features 4096 --out-features 4096
     """
     from vera_convert.conversion.regeneration import regenerate as run
     from vera_convert.conversion.regeneration import regenerate_for

@@ -36,16 +36,14 @@ class InfoOptions(AdapterOptions, ProjectionChoice):
     """Options of `info`."""
 
 
-@command(
-    InfoOptions,
-    adapter_argument(),
-    examples="""
-    vera-convert info ./adapter
-    vera-convert info org/adapter@v1 --base ./model --json
-    """,
-)
+@command(InfoOptions, adapter_argument())
 def info(adapter: str, options: InfoOptions) -> None:
-    """Show an adapter's rank, targets, projections and sizes."""
+    """Show an adapter's rank, targets, projections and sizes.
+
+    Examples:
+        vera-convert info ./adapter
+        vera-convert info org/adapter@v1 --base ./model --json
+    """
     from vera_convert.formats.results import info_text
     from vera_convert.summary import info as summarize
 
@@ -96,22 +94,19 @@ class ValidateOptions(AdapterOptions):
     )
 
 
-@command(
-    ValidateOptions,
-    adapter_argument("adapters", nargs=-1, metavar="ADAPTER..."),
-    examples="""
-    vera-convert validate ./adapter --base ./model
-    vera-convert validate org/adapter --deep
-    vera-convert validate ./adapters --recursive --format sarif --output report.sarif
-    vera-convert validate --explain V403
-    """,
-)
+@command(ValidateOptions, adapter_argument("adapters", nargs=-1, metavar="ADAPTER..."))
 def validate(adapters: tuple[str, ...], options: ValidateOptions) -> None:
     """Find every error in adapters, and tell how to repair each.
 
     For a repo on the Hub, only the config and the header of the weights are downloaded.
 
     [tool.vera-convert.validate] in pyproject.toml can hold select, ignore and fail-on too.
+
+    Examples:
+        vera-convert validate ./adapter --base ./model
+        vera-convert validate org/adapter --deep
+        vera-convert validate ./adapters --recursive --format sarif --output report.sarif
+        vera-convert validate --explain V403
     """
     if options.rules or options.explain:
         _show_rules(adapters, options)
@@ -247,18 +242,16 @@ class CountOptions(CommonOptions):
     )
 
 
-@command(
-    CountOptions,
-    examples="""
-    vera-convert count --base org/model --rank 256
-    vera-convert count --config ./config.json --rank 64 --target q_proj,v_proj
-    """,
-)
+@command(CountOptions)
 def count(options: CountOptions) -> None:
     """Count the parameters and bytes of a planned adapter.
 
     The numbers of a LoRA of the same rank are shown for comparison. --base or --config gives the
     model; only the headers of the weights are read.
+
+    Examples:
+        vera-convert count --base org/model --rank 256
+        vera-convert count --config ./config.json --rank 64 --target q_proj,v_proj
     """
     from vera_convert.counting import count as run
     from vera_convert.counting import layers_of_base, layers_of_config_file

@@ -63,16 +63,16 @@ class MergeChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, MergeChoic
     MergeChoices,
     adapter_argument(),
     out_argument("A new folder for the merged model; with --force, an earlier output is replaced."),
-    examples="""
-    vera-convert merge ./adapter ./merged --base org/model
-    vera-convert merge ./adapter ./merged --add ./other=0.5 --max-shard-size 5GB
-    vera-convert merge ./adapter ./merged --dry-run
-    """,
 )
 def merge(adapter: str, out: Path, options: MergeChoices) -> None:
     """Merge an adapter into its base model.
 
     The model is written shard by shard, without PyTorch; a larger model takes no more memory.
+
+    Examples:
+        vera-convert merge ./adapter ./merged --base org/model
+        vera-convert merge ./adapter ./merged --add ./other=0.5 --max-shard-size 5GB
+        vera-convert merge ./adapter ./merged --dry-run
     """
     from vera_convert.formats.merge import merge_text
     from vera_convert.merging.merge import merge as run
@@ -144,16 +144,7 @@ class VerifyChoices(AdapterOptions, GeneratorChoice, MergeChoice):
     layers_only: bool = flag(CHECK, "Compare the weights alone; torch is not needed.")
 
 
-@command(
-    VerifyChoices,
-    adapter_argument(),
-    examples="""
-    vera-convert verify ./adapter --merged ./merged --base ./model
-    vera-convert verify ./adapter --merged ./merged --layers-only
-    vera-convert verify ./adapter --adapter ./stripped
-    vera-convert verify ./adapter --lora ./lora
-    """,
-)
+@command(VerifyChoices, adapter_argument())
 def verify(adapter: str, options: VerifyChoices) -> None:
     """Check a converted adapter, a merged model or a LoRA.
 
@@ -162,6 +153,12 @@ def verify(adapter: str, options: VerifyChoices) -> None:
 
     The merge options tell how MODEL was merged; an omitted option has the value that the merge
     recorded in MODEL.
+
+    Examples:
+        vera-convert verify ./adapter --merged ./merged --base ./model
+        vera-convert verify ./adapter --merged ./merged --layers-only
+        vera-convert verify ./adapter --adapter ./stripped
+        vera-convert verify ./adapter --lora ./lora
     """
     from vera_convert.formats.verification import verification_text
     from vera_convert.verification.options import VerifyOptions

@@ -31,7 +31,7 @@ from vera_convert.files.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import file_sha256
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.lora.checks import adapter_findings, copy_findings, engine_findings
-from vera_convert.lora.engines import Engine, Form, is_in_tower
+from vera_convert.lora.engines import Form, is_in_tower
 from vera_convert.lora.forms import Extras, FormFiles, extras_of, files_of
 from vera_convert.lora.gguf_form import GgufModel, GgufWeights, gguf_model
 from vera_convert.lora.options import LoraOptions
@@ -148,7 +148,7 @@ def to_lora(
 
 def _planned(work: Work, base_options: BaseOptions, options: LoraOptions) -> _Job:
     """Plan a conversion, or refuse the adapter with all errors known before writing."""
-    adapter = work.adapter
+    adapter, engine = work.adapter, options.target
     base_facts = resolve_base(adapter, base_options, bases=Bases(work.access), need=Need.SIZES)
     pair = in_effect(
         adapter, base_facts, projections=options.projections, variant=options.generator
@@ -156,13 +156,14 @@ def _planned(work: Work, base_options: BaseOptions, options: LoraOptions) -> _Jo
     plan = plan_lora(adapter, base_facts, pair, options)
     extras = extras_of(adapter)
     sides = side_files(adapter.folder, not_fetched=work.location.left_out)
-    copied = _copied(sides, options.target.form)
+    is_like_peft = engine.form in (Form.PEFT, Form.MLX)
+    copied = tuple(name for name in sides.copied if is_like_peft and name != CARD_NAME)
     place = work.location.label
     of_engine = [*engine_findings(plan, extras, options, base_facts, place=place)]
-    if options.target.form is Form.DIFFUSERS:
+    if engine.form is Form.DIFFUSERS:
         of_engine += component_findings(plan, base_facts, work.access)
-    if options.target.heads is not None:
-        of_engine += copy_findings(adapter, base_facts, options.target.title)
+    if engine.heads is not None:
+        of_engine += copy_findings(adapter, base_facts, engine.title)
         extras = replace(extras, copies=())
     findings = [
         *adapter.findings,
@@ -173,15 +174,24 @@ def _planned(work: Work, base_options: BaseOptions, options: LoraOptions) -> _Jo
         *of_engine,
         *_idle_options(options, plan, extras, pair),
     ]
+    _refuse_errors(findings, of_engine)
+    extras = Extras(copies=extras.copies) if options.drop_head else extras
+    source = LoraSource(work.location, adapter, pair, options, base_options)
+    files: FormFiles | GgufModel = (
+        gguf_model(plan, base_facts)
+        if engine.form is Form.GGUF
+        else files_of(engine, adapter.config, plan, extras, base_facts)
+    )
+    return _Job(work, base_facts, plan, extras, source, files, sides, copied, findings)
+
+
+def _refuse_errors(findings: Sequence[Finding], of_engine: Sequence[Finding]) -> None:
+    """Refuse the adapter with all errors; `validate` shows no error of an engine."""
     errors = errors_of(findings)
     if errors:
         error = CheckpointError.of(errors)
         error.validate_shows_all = errors[-1] not in of_engine
         raise error
-    extras = Extras(copies=extras.copies) if options.drop_head else extras
-    source = LoraSource(work.location, adapter, pair, options, base_options)
-    files = _files(work, base_facts, plan, extras, options.target)
-    return _Job(work, base_facts, plan, extras, source, files, sides, copied, findings)
 
 
 def _idle_options(
@@ -200,12 +210,6 @@ def _idle_options(
         yield IDLE_GENERATOR
 
 
-def _copied(sides: SideFiles, form: Form) -> tuple[str, ...]:
-    """Return the files of the adapter's folder to copy with the LoRA."""
-    is_like_peft = form in (Form.PEFT, Form.MLX)
-    return tuple(name for name in sides.copied if is_like_peft and name != CARD_NAME)
-
-
 def _measured_findings(measured: Measured) -> list[Finding]:
     lost = {module: share for module, share in measured.vanished.items() if share}
     if not lost:
@@ -217,15 +221,6 @@ def _measured_findings(measured: Measured) -> list[Finding]:
         f"in {printable(worst)}, {share} of the values."
     )
     return [rules.LORA_VANISHED.in_file(WEIGHTS_NAME, reason)]
-
-
-def _files(
-    work: Work, base_facts: BaseFacts, plan: LoraPlan, extras: Extras, engine: Engine
-) -> FormFiles | GgufModel:
-    """Return the names and the config of a LoRA in the files of an engine."""
-    if engine.form is Form.GGUF:
-        return gguf_model(plan, base_facts)
-    return files_of(engine, work.adapter.config, plan, extras, base_facts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

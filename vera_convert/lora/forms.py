@@ -90,7 +90,14 @@ def files_of(
         return FormFiles(MLX_NAME, naming, endings=endings, transposed=True, config=text)
     if engine.form is Form.DIFFUSERS:
         component = component_of(base_facts)
-        own = _diffusers_metadata(config, plan, modules)
+        written = [layer.written for layer in plan.layers]
+        own = {
+            "r": plan.rank,
+            "lora_alpha": plan.rank,
+            "target_modules": target_names(written, modules, config)[0],
+            "use_dora": False,
+            "use_rslora": False,
+        }
         named = {f"{component}.{key}": value for key, value in own.items()}
         metadata = {DIFFUSERS_METADATA: json.dumps(named, sort_keys=True)}
         prefix, naming = f"{component}.", f"{naming}, under {component}"
@@ -257,22 +264,6 @@ def _shortest(module: str, others: Collection[str]) -> str:
         if end not in others and not end.partition(".")[0].isdecimal()
     )
     return next(endings, module)
-
-
-# --- Diffusers -----------------------------------------------------------------------------------
-
-
-def _diffusers_metadata(
-    config: VeraConfig, plan: LoraPlan, modules: Collection[str]
-) -> Mapping[str, object]:
-    written = [layer.written for layer in plan.layers]
-    return {
-        "r": plan.rank,
-        "lora_alpha": plan.rank,
-        "target_modules": target_names(written, modules, config)[0],
-        "use_dora": False,
-        "use_rslora": False,
-    }
 
 
 # --- MLX-LM --------------------------------------------------------------------------------------

@@ -15,10 +15,9 @@ from vera_convert._version import __version__
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.lora_record import RECORD_KEY
 from vera_convert.base.facts import BaseOptions
-from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.hub.lookup import Location
 from vera_convert.hub.repo_name import is_repo_id
-from vera_convert.lora.engines import EngineName, Form
+from vera_convert.lora.engines import Form
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.merging.in_effect import InEffect
@@ -138,28 +137,22 @@ def _command(source: LoraSource, base: Location | None) -> str:
 
     Repos are named with their commits. A folder with the base is called MODEL.
     """
-    given, location = source.options, source.location
-    values = {
-        "--base": base and (base.address or "MODEL"),
-        "--base-dtype": source.base.dtype,
-        "--for": None if given.engine is EngineName.PEFT else given.engine,
-        "--dtype": None if given.dtype == "float32" else given.dtype,
-        "--rank": given.rank,
-        "--max-error": given.max_error,
-        "--projections": None if given.projections is ProjectionSource.AUTO else given.projections,
-        "--generator": given.generator,
-    }
-    flags = {
-        "--accept-error": given.accept_error,
-        "--fill-layers": given.fill_layers,
-        "--drop-head": given.drop_head,
-    }
+    given, usual, location = source.options, LoraOptions(), source.location
     words = ["vera-convert", "to-lora", printable(location.address or location.name), "OUT"]
-    for option, value in values.items():
-        words += [option, str(value)] if value is not None else []
+    words += ["--base", base.address or "MODEL"] if base is not None else []
+    words += ["--base-dtype", source.base.dtype] if source.base.dtype is not None else []
+    for name in ("engine", "dtype", "rank", "max_error", "projections", "generator"):
+        value = getattr(given, name)
+        if value != getattr(usual, name):
+            words += [_flag(name), str(value)]
     for old, new in source.base.key_map:
         words += ["--key-map", f"{old}={new}"]
-    return shlex.join([*words, *(flag for flag, is_given in flags.items() if is_given)])
+    flags = ("accept_error", "fill_layers", "drop_head")
+    return shlex.join([*words, *(_flag(name) for name in flags if getattr(given, name))])
+
+
+def _flag(option: str) -> str:
+    return "--for" if option == "engine" else f"--{option.replace('_', '-')}"
 
 
 def _code(text: str) -> str:
