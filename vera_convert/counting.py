@@ -277,17 +277,18 @@ def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> Mo
         SurroundingsError: finding or reading the model fails.
     """
     location = locate(model, kind="base", access=access, revision=revision)
+    place = f"{location.label}/config.json"
     try:
         base = read_base(location, access)
     except CheckpointError as error:
         config = read_model_config(location, access)
         if error.findings[0].rule is not rules.BASE_WITHOUT_WEIGHTS or config is None:
             raise
-        return layers_from_config(config)
+        return layers_from_config(config, place=place)
     whole = unpacked(base)
     if hides_shapes(whole):
         try:
-            return layers_from_config(base.config)
+            return layers_from_config(base.config, place=place)
         except CheckpointError:
             if any(sections(base.config)):  # else the tensors only have names as a quantizer's
                 whole.refuse_defects()
@@ -313,4 +314,4 @@ def layers_of_config_file(path: Path) -> ModelLayers:
             f"--config {shown} is a folder: give the config.json, or the folder with --base."
         )
     with open_local(path) as source:
-        return layers_from_config(read_config_file(source))
+        return layers_from_config(read_config_file(source), place=source.place)

@@ -66,9 +66,17 @@ def refuse(findings: Iterable[Finding]) -> None:
 
 
 class UsageError(VeraConvertError):
-    """An argument or option is wrong: options conflict, one is missing, or OUT exists."""
+    """An argument or option is wrong: options conflict, one is missing, or OUT exists.
+
+    Attributes:
+        reason: the message without the remedy.
+    """
 
     status = 2
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{reason} {remedy}".rstrip())
+        self.reason = reason
 
 
 class ParameterError(UsageError):

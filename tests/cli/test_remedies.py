@@ -269,6 +269,47 @@ def test_a_system_folder_is_no_place_for_out(tmp_path: Path, run: Run) -> None:
     assert ended.err.rstrip().endswith("Choose another OUT.")
 
 
+# --- remedies in a circle ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "is_told"),
+    [
+        (["migrate", "--to", "embedded"], False),
+        (["migrate", "--to", "stripped"], False),
+        (["embed"], False),
+        (["strip"], False),
+        (["migrate", "--to", "asis"], True),
+        (["merge"], True),
+    ],
+)
+def test_the_command_that_cures_an_unannounced_pair_does_not_advise_itself(
+    call: list[str], is_told: bool, tmp_path: Path, run: Run
+) -> None:
+    folder = good_adapter(tmp_path / "adapter", save_projection=False)
+    base = filled_base(tmp_path / "base")
+    ended = run(call[0], folder, tmp_path / "out", *call[1:], "--base", base)
+    assert ended.status == 0
+    assert ("V212" in ended.err) is is_told
+    if not is_told:
+        assert "V212" not in run("info", tmp_path / "out", "--base", base).err
+
+
+def test_adapters_that_fail_alike_share_one_line_with_the_remedy(tmp_path: Path, run: Run) -> None:
+    for name in ("one", "two"):
+        good_adapter(tmp_path / "tree" / name, stripped=True, base_model_name_or_path=None)
+    good_adapter(tmp_path / "tree/bad", r=0)
+    call = "migrate", tmp_path / "tree", tmp_path / "out", "--to", "embedded", "--recursive"
+    ended = run(*call)
+    assert ended.status == 1
+    assert ended.err.count("error: ") == 2
+    assert "error: one, two: A and B cannot be drawn" in ended.err
+    assert ended.err.count("with --base.") == 1
+    assert ended.out.count("NOT MIGRATED") == 3
+    assert "--base" not in ended.out
+    assert [*json.loads(run(*call, "--json").out)["failed"]] == ["bad", "one", "two"]
+
+
 # --- mistyped words ------------------------------------------------------------------------------
 
 
@@ -384,3 +425,19 @@ def test_arguments_in_the_wrong_order_are_told(command: str, tmp_path: Path, run
     assert ended.err.endswith("An adapter lies at OUT: give ADAPTER first, then OUT.\n")
     other = run(command, tmp_path / "new", tmp_path / "out")
     assert "first" not in other.err
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [({"model_type": "starcoder9"}, "V560"), ({"model_type": "llama", "hidden_size": 0}, "V561")],
+)
+def test_a_config_of_an_unknown_model_has_the_name_that_the_user_gave(
+    config: dict[str, object], code: str, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "base").mkdir()
+    for name in ("my model.json", "base/config.json"):
+        (tmp_path / name).write_text(json.dumps(config))
+    file, base = tmp_path / "my model.json", tmp_path / "base"
+    assert run("count", "--config", file, "--rank", 4).err.startswith(f"error: {code} {file}: ")
+    ended = run("count", "--base", base, "--rank", 4)
+    assert ended.err.startswith(f"error: {code} {base}/config.json: ")

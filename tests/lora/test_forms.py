@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_servers_of_text_models_take_no_component_of_a_pipeline(
     base = component(tmp_path / "unet", "UNet2DConditionModel")
     with pytest.raises(CheckpointError, match=r"V713 .*component of a pipeline, UNet2") as one:
         converted(adapter, base, tmp_path / "out", engine=engine)
-    assert str(one.value).endswith("Pass --for diffusers, or --for peft.")
+    assert str(one.value).endswith("Pass --for peft or diffusers.")
     for named in ("diffusers", "peft"):
         assert converted(adapter, base, tmp_path / named, engine=named).written
 
@@ -268,9 +269,26 @@ def test_a_controlnet_without_a_loader_is_refused(kind: str, tmp_path: Path) -> 
 
 
 def test_a_component_that_nothing_names_is_refused(tmp_path: Path) -> None:
+    """The message names the engines that take the LoRA, and each of these does."""
     adapter = good_adapter(tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match=r"V713"):
-        converted(adapter, tiny_base(tmp_path / "base"), tmp_path / "out", engine="diffusers")
+    config = {"model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2}
+    base = tiny_base(tmp_path / "base", config=config)
+    with pytest.raises(CheckpointError, match=r"V713 .*of type llama, no component") as one:
+        converted(adapter, base, tmp_path / "out", engine="diffusers")
+    named = re.findall(r"--for (.*) or (\w+)\.", str(one.value))[0]
+    engines = [*named[0].split(", "), named[1]]
+    assert engines == ["peft", "vllm", "sglang", "tgi", "mlx", "gguf"]
+    for engine in engines:
+        assert converted(adapter, base, tmp_path / engine, engine=engine).written
+
+
+def test_a_kind_of_base_that_an_engine_refuses_leads_to_the_other_engines(tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter")
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    base = tiny_base(tmp_path / "base", config=config)
+    with pytest.raises(CheckpointError, match=r"V713 ") as one:
+        converted(adapter, base, tmp_path / "out", engine="vllm")
+    assert str(one.value).endswith("Pass --for peft, sglang, tgi or mlx. Or merge the adapter.")
 
 
 # --- llama.cpp -----------------------------------------------------------------------------------

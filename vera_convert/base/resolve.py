@@ -126,7 +126,7 @@ class _Resolver:
             missing = replace(missing, source=named.reason)
             if named.location is None:
                 if self.need >= Need.SIZES:
-                    raise UsageError(f"{named.reason.rstrip('.')}. {missing.remedy}")
+                    raise UsageError(f"{named.reason.rstrip('.')}.", missing.remedy)
                 return missing
             facts = self._from_base(named.location)
             if not named.reason:
@@ -339,7 +339,8 @@ def _layers_by_config(
     Raises:
         CheckpointError: the type is unknown, or a layer of the adapter is absent or differs.
     """
-    model = layers_from_config(config)
+    place = f"{location.label}/config.json"
+    model = layers_from_config(config, place=place)
     names = {module: _name_of(module, model) for module in adapter.layers}
     absent = [module for module, name in names.items() if name is None]
     if absent:
@@ -347,7 +348,7 @@ def _layers_by_config(
             f"{len(absent)} of {len(names)} layers have no counterpart, such as "
             f'"{printable(absent[0])}".'
         )
-        raise CheckpointError(rules.NAMES_DIFFER.at(f"{location.label}/config.json", reason))
+        raise CheckpointError(rules.NAMES_DIFFER.at(place, reason))
     ours = {name: module for module, name in names.items()}
     model = model._replace(linear={ours.get(n, n): each for n, each in model.linear.items()})
     own = {module: model.linear[module] for module in adapter.layers}

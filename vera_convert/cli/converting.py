@@ -32,7 +32,7 @@ from vera_convert.cli.refusals import reason
 from vera_convert.cli.values import NAMED_BASE, PEFT_VERSION, Choice, Dtype
 from vera_convert.errors import UsageError
 from vera_convert.lora.engines import EngineName
-from vera_convert.text import printable
+from vera_convert.text import listed, printable
 
 if TYPE_CHECKING:
     from vera_convert.base.facts import BaseOptions
@@ -135,8 +135,11 @@ def _show_tree(tree: str, options: CommonOptions, result: TreeMigration) -> None
     warn(result.findings, options)
     for name, conversion in result.done.items():
         warn(conversion.findings, options, f"{printable(name)}: ")
+    alike: dict[str, list[str]] = {}
     for name, error in result.failed.items():
-        tell("error", f"{printable(name)}: {reason(error, {'adapter': f'{tree}/{name}'})}")
+        alike.setdefault(reason(error, {"adapter": f"{tree}/{name}"}), []).append(name)
+    for said, names in alike.items():
+        tell("error", f"{listed(names)}: {said}")
     print_result(options, result, tree_text)
     if result.failed:
         raise click.exceptions.Exit(min(error.status for error in result.failed.values()))

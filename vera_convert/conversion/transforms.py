@@ -102,6 +102,11 @@ def already_stripped(adapter: Adapter) -> NewAdapter:
     return as_it_is(adapter, recorded.draw if recorded else None)
 
 
+def _still_true(adapter: Adapter) -> tuple[Finding, ...]:
+    """Return an adapter's findings after the config's flag is set to agree with the file."""
+    return tuple(f for f in adapter.findings if f.rule is not rules.PROJECTIONS_UNANNOUNCED)
+
+
 def _with_flag(adapter: Adapter, *, save_projection: bool) -> bytes:
     if adapter.config.save_projection == save_projection:
         return adapter.config_file.text
@@ -156,7 +161,7 @@ def stripped(
         config_text=_with_flag(adapter, save_projection=False),
         changes=tuple(changes),
         draw=own.draw,
-        findings=(*adapter.findings, *base_facts.findings, *warned),
+        findings=(*_still_true(adapter), *base_facts.findings, *warned),
     )
 
 
@@ -228,7 +233,7 @@ def _announced(
     """Keep the stored A and B, and set the config's flag for stored A and B."""
     assert adapter.projections is not None  # noqa: S101 -- the caller looked
     changes = [REPLACED_BY_KEYS] if redrawn else []
-    findings = [*adapter.findings, *other_dims(adapter, base_facts)]
+    findings = [*_still_true(adapter), *other_dims(adapter, base_facts)]
     drawn = None
     if not redrawn:
         own = recognized(adapter.config, adapter.projections)
@@ -294,17 +299,19 @@ def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> NewAd
         why = f" ({base_facts.source.rstrip('.')})" if base_facts.source else ""
         raise UsageError(
             "A and B cannot be drawn from the adapter alone, because the widest layer of the base "
-            f"decides their size{why}. {base_facts.size_remedy}"
+            f"decides their size{why}.",
+            base_facts.size_remedy,
         )
     if base_facts.rounding is None and base_facts.unclear:
         raise UsageError(
             "A and B are drawn from the key and rounded, and the base does not decide to which "
-            f"dtype: {base_facts.unclear} Give the dtype with --base-dtype."
+            f"dtype: {base_facts.unclear}",
+            "Give the dtype with --base-dtype.",
         )
     if base_facts.rounding is None:
         raise UsageError(
-            "PEFT rounds A and B to the dtype that the base is loaded in, which is not known: "
-            "give --base or --base-dtype."
+            "PEFT rounds A and B to the dtype that the base is loaded in, which is not known.",
+            "Give --base or --base-dtype.",
         )
     if base_facts.out_features < adapter.longest_b:
         reason = (

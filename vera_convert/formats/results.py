@@ -10,7 +10,7 @@ from vera_convert.conversion.migration import TreeMigration
 from vera_convert.conversion.regeneration import Regenerated
 from vera_convert.conversion.work import Conversion
 from vera_convert.counting import Count
-from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
+from vera_convert.errors import CheckpointError, SurroundingsError, UsageError, VeraConvertError
 from vera_convert.formats.shared import Row, labelled, origin_text, table
 from vera_convert.lora.stored import SAMPLED_COLUMNS, SAMPLED_ROWS
 from vera_convert.summary import AdapterInfo, Effect
@@ -80,7 +80,7 @@ def _why_failed(error: VeraConvertError) -> str:
     """Return the code or the reason of an error, without the remedy."""
     if isinstance(error, CheckpointError):
         return error.findings[0].code
-    return error.reason if isinstance(error, SurroundingsError) else str(error)
+    return error.reason if isinstance(error, UsageError | SurroundingsError) else str(error)
 
 
 # --- regenerate ----------------------------------------------------------------------------------

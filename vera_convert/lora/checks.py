@@ -20,7 +20,7 @@ from vera_convert.conversion.work import Work
 from vera_convert.dtypes import FLOATS
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.lora.engines import Engine, engines, experts_of, is_in_tower
+from vera_convert.lora.engines import Engine, engines, engines_for, experts_of, is_in_tower
 from vera_convert.lora.forms import Extras
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.plan import LoraPlan
@@ -95,12 +95,12 @@ def _base_findings(engine: Engine, base_facts: BaseFacts) -> Iterator[Finding]:
             "not serve."
         )
         found = rules.LORA_BASE_UNKNOWN.at(base.location.label, reason)
-        yield found.with_remedy("Pass --for diffusers, or --for peft.")
+        yield found.with_remedy(engines_for(base))
     for name in base.class_names[:1]:
         if name in engine.refused:
             reason = f"{engine.title} takes no LoRA of a {name}."
             found = rules.LORA_BASE_UNKNOWN.at(base.location.label, reason)
-            yield found.with_remedy("Merge the adapter, or name another engine with --for.")
+            yield found.with_remedy(f"{engines_for(base)} Or merge the adapter.")
 
 
 def _rank_findings(plan: LoraPlan, engine: Engine, place: str) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 
+from vera_convert.base.model import BaseModel
 from vera_convert.tables import table
 
 
@@ -131,3 +132,17 @@ def engines() -> Mapping[EngineName, Engine]:
         EngineName(name): Engine(**rules | {"form": Form(rules["form"])})
         for name, rules in table(__file__, "engines.toml").items()
     }
+
+
+def engines_for(base: BaseModel) -> str:
+    """Return the remedy that names each engine that takes a LoRA of a base of this kind."""
+    is_component = isinstance(base.config.get("_class_name"), str) or bool(base.prefix)
+    names = [
+        str(name)
+        for name, engine in engines().items()
+        if (engine.components if is_component else name is not EngineName.DIFFUSERS)
+        and engine.refused.isdisjoint(base.class_names[:1])
+        and (not engine.architectures or base.model_type in engine.architectures)
+    ]
+    others, last = ", ".join(names[:-1]), names[-1]
+    return f"Pass --for {others} or {last}." if others else f"Pass --for {last}."

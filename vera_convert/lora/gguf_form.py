@@ -26,7 +26,7 @@ from vera_convert.delta import Array
 from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
-from vera_convert.lora.engines import EngineName, engines
+from vera_convert.lora.engines import EngineName, engines, engines_for
 from vera_convert.lora.gguf_reading import gguf_package, name_table, read_gguf
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
@@ -113,7 +113,8 @@ def gguf_model(plan: LoraPlan, base_facts: BaseFacts) -> GgufModel:
     if architecture is None:
         known_types = f"to-lora knows llama.cpp's names for {', '.join(sorted(architectures))}."
         kind = printable(base.model_type or "missing")
-        raise _unknown(place, f"its model_type is {kind}; {known_types}")
+        found = rules.LORA_BASE_UNKNOWN.at(place, f"its model_type is {kind}; {known_types}")
+        raise CheckpointError(found.with_remedy(f"{engines_for(base)} Or merge the adapter."))
     heads, pairs = head_counts(base, place)
     count = base.config.get("num_hidden_layers")
     if not _is_size(count):

@@ -17,11 +17,13 @@ from vera_convert.base.facts import BaseFacts
 from vera_convert.base.model import BaseModel, pipeline_class
 from vera_convert.errors import CheckpointError
 from vera_convert.hub.lookup import HubAccess
+from vera_convert.lora.engines import engines_for
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.rules import Finding
 from vera_convert.tables import table
 from vera_convert.text import printable
 
+_IF_COMPONENT = "If the base is such a component, give the folder of the pipeline with --base."
 _USUAL = re.compile(r"(unet|transformer|text_encoder)(_\d)?")
 
 
@@ -49,18 +51,20 @@ def component_of(base_facts: BaseFacts) -> str:
     for classes, attribute in diffusers()["attributes"].items():
         if re.fullmatch(classes, name):
             return str(attribute)
-    raise _unknown(folder)
+    kind = base.model_type
+    reason = "neither the base's folder nor its config names a component of a pipeline."
+    if kind:
+        reason = f"the base is a model of type {printable(kind)}, no component of a pipeline."
+    found = rules.LORA_BASE_UNKNOWN.at(base.location.label, reason)
+    raise CheckpointError(found.with_remedy(f"{engines_for(base)} {_IF_COMPONENT}"))
 
 
 def _base_of(base_facts: BaseFacts) -> BaseModel:
     if base_facts.base is None:
-        raise _unknown("the base")
+        reason = "without the base, nothing says which component of a pipeline was trained."
+        found = rules.LORA_BASE_UNKNOWN.at("the base", reason)
+        raise CheckpointError(found.with_remedy(f"Pass --for peft. {_IF_COMPONENT}"))
     return base_facts.base
-
-
-def _unknown(place: str) -> CheckpointError:
-    reason = "the folder and the config do not say which component of a pipeline the base is."
-    return CheckpointError(rules.LORA_BASE_UNKNOWN.at(printable(place), reason))
 
 
 def _class_name(base: BaseModel) -> str:

@@ -18,26 +18,47 @@ from typing import Any
 from vera_convert import rules
 from vera_convert.dtypes import HEADER_NAMES, float_name
 from vera_convert.errors import CheckpointError
+from vera_convert.rules import Rule
 from vera_convert.tables import table
 from vera_convert.targets.linear import Linear, ModelLayers
 from vera_convert.text import printable
 
-_PLACE = "config.json"
 MAX_LAYERS = 10_000
 LARGEST_SIZE = 1 << 24
 """Far above any model; a larger size would only exhaust memory."""
 
 
-def layers_from_config(document: Mapping[str, object]) -> ModelLayers:
+class _UnfitConfigError(Exception):
+    """A config from which no layers follow: the rule that is broken, and why."""
+
+    def __init__(self, rule: Rule, reason: str) -> None:
+        super().__init__(reason)
+        self.rule = rule
+
+
+def layers_from_config(
+    document: Mapping[str, object], *, place: str = "config.json"
+) -> ModelLayers:
     """Return the linear layers of the model that a ``config.json`` describes.
 
     The class is the first of ``architectures``; without that field it is the causal model (llama,
     mistral, qwen2, gemma, gpt2), the one for conditional generation (t5), or the bare encoder.
 
+    Args:
+        document: the config.
+        place: the name of the file in errors.
+
     Raises:
         CheckpointError: the type or class is unknown, or a field has the wrong type or an absurd
             value.
     """
+    try:
+        return _layers(document)
+    except _UnfitConfigError as error:
+        raise CheckpointError(error.rule.at(place, str(error))) from None
+
+
+def _layers(document: Mapping[str, object]) -> ModelLayers:
     model = _class_of(document)
     family = families()[model.model_type]
     sizes = _Sizes(document, family["sizes"])
@@ -65,8 +86,8 @@ def _dtype(document: Mapping[str, object]) -> str:
     return HEADER_NAMES[float_name(str(value)) or "float32"]
 
 
-def _invalid(reason: str) -> CheckpointError:
-    return CheckpointError(rules.MODEL_FIELD_INVALID.at(_PLACE, reason))
+def _invalid(reason: str) -> _UnfitConfigError:
+    return _UnfitConfigError(rules.MODEL_FIELD_INVALID, reason)
 
 
 # --- the table of classes ------------------------------------------------------------------------
@@ -124,7 +145,7 @@ def _class_of(document: Mapping[str, object]) -> ModelClass:
         name = families()[model_type]["default"]
     found = classes().get(name) if isinstance(name, str) else None
     if found is None or model_type not in (None, found.model_type):
-        raise CheckpointError(rules.MODEL_TYPE_UNKNOWN.at(_PLACE, _why_unknown(document, name)))
+        raise _UnfitConfigError(rules.MODEL_TYPE_UNKNOWN, _why_unknown(document, name))
     return found
 
 
