@@ -17,7 +17,8 @@ _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     for header, dtype in NUMPY_DTYPE.items()
     if hasattr(torch, NAMES[header])
 }
-_TORCH = {dtype: kind for kind, dtype in _NUMPY.items()}
+TORCH_DTYPE = {dtype: kind for kind, dtype in _NUMPY.items()}
+"""torch's dtype, by NumPy's."""
 
 
 def to_array(tensor: Tensor) -> NDArray[Any]:
@@ -30,4 +31,4 @@ def to_array(tensor: Tensor) -> NDArray[Any]:
 def to_tensor(array: NDArray[Any]) -> Tensor:
     """Return an array's values as a CPU tensor in the same memory."""
     raw = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return raw.view(_TORCH[array.dtype]).reshape(array.shape)
+    return raw.view(TORCH_DTYPE[array.dtype]).reshape(array.shape)

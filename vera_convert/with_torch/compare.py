@@ -39,12 +39,13 @@ from vera_convert.adapter.opening import open_adapter
 from vera_convert.assembly.input_files import InputFile, StoredTensor
 from vera_convert.base.model import read_base
 from vera_convert.base.tied import is_head, scales_logits, scales_tied_logits
-from vera_convert.dtypes import FLOATS, NAMES
+from vera_convert.dtypes import FLOATS
+from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.hub.lookup import HubAccess, Location
 from vera_convert.lora.reading import ReadLora, open_lora
 from vera_convert.merging.options import Tied
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob, Stage, Tell
-from vera_convert.with_torch.arrays import to_tensor
+from vera_convert.with_torch.arrays import TORCH_DTYPE, to_tensor
 from vera_convert.with_torch.build import Blueprint, UnfitError, blueprint, build_model
 from vera_convert.with_torch.compare_quantized import compare_quantized
 from vera_convert.with_torch.layer import VeraLinear
@@ -115,10 +116,10 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
     runs.enter(Stage.MERGE)
     vera = wrapped_model(model, job)
     layers = vera.vera_layers()
-    dtype = getattr(torch, job.settings.dtype) if job.settings.dtype is not None else None
-    if plan.packed is not None:
-        _round_others(vera.model, layers.values(), dtype or _torch_dtype(plan.packed.dtype))
-    stored = _stored_dtype(plan)
+    dtype, stored = _dtype_of_all(job), _stored_dtype(plan)
+    kept = dtype or stored
+    if plan.packed is not None and kept is not None:
+        _round_others(vera.model, layers.values(), kept)
     rounding = [
         dtype or _dtype_of_module(name, job.wider) or stored or layer.weight.dtype
         for name, layer in layers.items()
@@ -134,16 +135,7 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
     unrounded = runs.outputs(vera)
     branches, noise = difference(wrapped, unrounded), order_noise(unrounded, runs.wide)
     skips_layers = branches > noise and wrapped.are_finite and unrounded.are_finite
-    weights = [layer.weight for layer in layers.values()]
-    merged = vera.unload()
-    head = None
-    if scales_tied_logits(plan.base) and not has_tied_head(merged):
-        head = _stored_head(merged, job.found, (dtype or loaded, runs.wide))
-    _round(zip(weights, rounding, strict=True))
-    if dtype is not None:
-        _round((tensor, dtype) for tensor in merged.state_dict(keep_vars=True).values())
-    if head is not None:
-        merged.get_output_embeddings().weight = nn.Parameter(head, requires_grad=False)
+    merged = _rounded_merge(vera, plan, job, rounding, (dtype or loaded, runs.wide))
     return Reference(
         base,
         unrounded if skips_layers else wrapped,
@@ -151,12 +143,45 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
         remerged=runs.outputs(merged),
         rounding=max([runs.wide, *rounding], key=lambda each: torch.finfo(each).eps),
         wide=runs.wide,
-        weights=sum(weight.numel() for weight in weights),
+        weights=sum(layer.weight.numel() for layer in layers.values()),
         branches=min(branches, noise),
         # If embedding and head share a change of one of the two, the wrapped model lacks a part.
         calls_layers=not skips_layers or tied == Tied.ADD,
         wrapped_is_merged=skips_layers,
     )
+
+
+def _rounded_merge(
+    vera: VeraModel,
+    plan: Blueprint,
+    job: ModelJob,
+    rounding: Sequence[torch.dtype],
+    dtypes: Sequence[torch.dtype],
+) -> nn.Module:
+    """Return our own merge, rounded like the merged model.
+
+    Args:
+        vera: the base with the merged adapters.
+        plan: how the base is built.
+        job: the models, and how the merged model was made.
+        rounding: the dtype to which the weight of each adapted layer is rounded.
+        dtypes: the dtypes of a stored head: of the file, and of the computation.
+    """
+    weights = [layer.weight for layer in vera.vera_layers().values()]
+    merged, dtype, head = vera.unload(), _dtype_of_all(job), None
+    if scales_tied_logits(plan.base) and not has_tied_head(merged):
+        head = _stored_head(merged, job.found, dtypes)
+    _round(zip(weights, rounding, strict=True))
+    if dtype is not None:
+        _round((tensor, dtype) for tensor in merged.state_dict(keep_vars=True).values())
+    if head is not None:
+        merged.get_output_embeddings().weight = nn.Parameter(head, requires_grad=False)
+    return merged
+
+
+def _dtype_of_all(job: ModelJob) -> torch.dtype | None:
+    """Return the dtype of all float tensors of the merge; None if each keeps its dtype."""
+    return None if job.settings.dtype is None else getattr(torch, job.settings.dtype)
 
 
 def _stored_head(model: nn.Module, found: Path, dtypes: Sequence[torch.dtype]) -> Tensor | None:
@@ -180,7 +205,7 @@ def _stored_head(model: nn.Module, found: Path, dtypes: Sequence[torch.dtype]) -
     tensor = merged.tensors[name]
     file, header = InputFile.look(found / tensor.file, within=found), merged.files[tensor.file]
     rows, columns = tensor.info.shape
-    weight = to_tensor(StoredTensor.of(file, header, tensor.info).rows(0, rows).copy())
+    weight = to_tensor(StoredTensor.of(file, header, tensor.info).rows(0, rows))
     for dtype in dtypes:
         weight = weight.to(dtype)
     by_config = int(scales_logits(merged)) - int(scales_logits_here(model.config))
@@ -193,10 +218,10 @@ def _stored_dtype(plan: Blueprint) -> torch.dtype | None:
     In memory transformers keeps some layers wider than the file and the merge.
     """
     if plan.packed is not None:
-        return _torch_dtype(plan.packed.dtype)
+        return TORCH_DTYPE[NUMPY_DTYPE[plan.packed.dtype]]
     infos = [tensor.info for tensor in plan.base.tensors.values()]
     found = {info.dtype for info in infos if len(info.shape) == 2 and info.dtype in FLOATS}
-    return _torch_dtype(found.pop()) if len(found) == 1 else None
+    return TORCH_DTYPE[NUMPY_DTYPE[found.pop()]] if len(found) == 1 else None
 
 
 def _dtype_of_module(module: str, dtypes: Mapping[str, str]) -> torch.dtype | None:
@@ -204,13 +229,8 @@ def _dtype_of_module(module: str, dtypes: Mapping[str, str]) -> torch.dtype | No
     weight = f".{module}.weight"
     for name, dtype in dtypes.items():
         if f".{name}".endswith(weight) or weight.endswith(f".{name}"):
-            return _torch_dtype(dtype)
+            return TORCH_DTYPE[NUMPY_DTYPE[dtype]]
     return None
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, NAMES[name])
-    return dtype
 
 
 def _round_others(model: nn.Module, layers: Iterable[VeraLinear], dtype: torch.dtype) -> None:

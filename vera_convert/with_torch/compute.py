@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +17,7 @@ from vera_convert.assembly.blocks import (
 from vera_convert.delta import Array
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.text import printable
-from vera_convert.with_torch.arrays import to_array, to_tensor
+from vera_convert.with_torch.arrays import TORCH_DTYPE, to_array, to_tensor
 
 
 def on_gpu(name: str) -> Device:
@@ -75,7 +72,7 @@ class _DeviceWorkspace(Workspace):
     def _prepare(self, tensor: Sum) -> None:
         """Copy the vectors to the device, and scale the shared operand of all blocks."""
         self._prepared, self._operands = None, []
-        dtype, width = _torch_dtype(tensor.working), tensor.shape[1]
+        dtype, width = TORCH_DTYPE[tensor.working], tensor.shape[1]
         for term in tensor.terms:
             A, B = self._matrix(term.A, dtype), self._matrix(term.B, dtype)
             vectors = term.vectors()
@@ -97,7 +94,7 @@ class _DeviceWorkspace(Workspace):
     def _sum(
         self, tensor: Sum, rows: slice, stored: Array, written: Array, sampled: slice
     ) -> tuple[Array, bool]:
-        total = to_tensor(stored).to(self._device).to(_torch_dtype(tensor.working))
+        total = to_tensor(stored).to(self._device).to(TORCH_DTYPE[tensor.working])
         change = torch.zeros_like(total[sampled])
         for term, (vector, matrix, shared) in zip(tensor.terms, self._operands, strict=True):
             if tensor.conv1d:
@@ -113,10 +110,6 @@ class _DeviceWorkspace(Workspace):
             total += delta
         if tensor.written.itemsize < 4:
             total = total.float()
-        rounded = total.to(_torch_dtype(tensor.written))
+        rounded = total.to(TORCH_DTYPE[tensor.written])
         written[...] = to_array(rounded)
         return to_array(change), bool(torch.isfinite(rounded).all())
-
-
-def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    return to_tensor(np.empty(0, dtype)).dtype
