@@ -113,6 +113,7 @@ def test_it_holds_the_package_the_schemas_and_nothing_else(wheel: Path) -> None:
         "vera_convert/lora/engines.toml",
         "vera_convert/lora/peft_targets.toml",
         "vera_convert/lora/pipeline_component.toml",
+        "vera_convert/merging/card.toml",
         "vera_convert/merging/model_config.toml",
         "vera_convert/py.typed",
         "vera_convert/rules.toml",
