@@ -146,7 +146,6 @@ def _report(result: Validation, options: ValidateOptions) -> None:
     """Print the report, or write the report and print the text for people."""
     import sys
 
-    from vera_convert.formats.document import result_document
     from vera_convert.formats.validation import validation_text
 
     form = options.form or ("json" if options.as_json else "text")
@@ -154,10 +153,8 @@ def _report(result: Validation, options: ValidateOptions) -> None:
         _append_summary(result)
     if options.output is not None:
         _write_report(options.output, report_text(result, form), result)
-        form = "text"
-    if options.as_json:
-        print_document(result_document(result))
-    elif form != "text":
+        form = "json" if options.as_json else "text"
+    if form != "text":
         say(report_text(result, form))
     elif options.quiet:
         for checked in result.adapters:
