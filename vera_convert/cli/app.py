@@ -133,7 +133,9 @@ def _run(arguments: list[str]) -> int:
     if completed(program):
         return 0
     if not arguments:
-        say(program.get_help(_context()), err=True)
+        settings = program.context_settings
+        bare = program.context_class(program, info_name="vera-convert", **settings)
+        say(program.get_help(bare), err=True)
         return UsageError.status
     named: dict[str, str | None] = {}
     try:
@@ -153,10 +155,6 @@ def _run(arguments: list[str]) -> int:
         show_traceback(arguments)
         return refuse(explained(error), arguments, named)
     return 0
-
-
-def _context() -> click.Context:
-    return program.context_class(program, info_name="vera-convert", **program.context_settings)
 
 
 def _leave(status: int) -> None:

@@ -38,29 +38,24 @@ def out_argument(text: str) -> click.Argument:
 
 
 def command(
-    options: type[CommonOptions], *arguments: click.Argument
+    options: type[CommonOptions] | None, *arguments: click.Argument
 ) -> Callable[[Callable[..., None]], Callable[[], Command]]:
     """Return a decorator that makes a command of a function, when the command is first asked for.
 
     The help is the docstring of the function, which ends with examples.
 
     Args:
-        options: the class of options that the function takes after the arguments.
+        options: the class of options that the function takes after the arguments, if any.
         arguments: the arguments, in order.
     """
-    names = [str(argument.name) for argument in arguments]
 
     def decorate(function: Callable[..., None]) -> Callable[[], Command]:
         def call(**parsed: Any) -> None:
-            meta = click.get_current_context().meta
-            meta.update({f"vera_convert.{name}": parsed.get(name) for name in NAMED_AGAIN})
-            given = [parsed.pop(name) for name in names]
-            if parsed["verbose"]:
-                _log_everything()
-            given_options = options(**parsed)
-            order = _naming_order(dict(zip(names, given, strict=True)))
-            with _naming_flags(made()), order, progress_of_parts(given_options):
-                function(*given, given_options)
+            given = {str(each.name): parsed.pop(str(each.name)) for each in arguments}
+            if options is None:
+                function(*given.values())
+            else:
+                _call(function, given, options(**parsed))
 
         @cache
         def made() -> Command:
@@ -68,16 +63,27 @@ def command(
             return Command(
                 function.__name__.replace("_", "-"),
                 callback=call,
-                params=[*arguments, *parameters(options)],
+                params=[*arguments, *(parameters(options) if options is not None else ())],
                 help=text,
                 short_help=text.partition("\n")[0].removesuffix("."),
                 examples=textwrap.dedent(examples).splitlines(),
-                statuses=EXIT_STATUSES,
+                statuses=EXIT_STATUSES if options is not None else (),
             )
 
         return made
 
     return decorate
+
+
+def _call(function: Callable[..., None], given: Mapping[str, Any], options: CommonOptions) -> None:
+    """Call the function of the running command with arguments and options."""
+    context = click.get_current_context()
+    named = {**vars(options), **given}
+    context.meta.update({f"vera_convert.{name}": named.get(name) for name in NAMED_AGAIN})
+    if options.verbose:
+        _log_everything()
+    with _naming_flags(context.command), _naming_order(given), progress_of_parts(options):
+        function(*given.values(), options)
 
 
 @contextmanager

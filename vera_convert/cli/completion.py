@@ -6,7 +6,8 @@ import os
 
 import click
 
-from vera_convert.cli.help import Argument, Command
+from vera_convert.cli.command import command
+from vera_convert.cli.help import Argument
 from vera_convert.cli.output import say
 from vera_convert.cli.values import Choice
 
@@ -28,31 +29,22 @@ def completed(program: click.Group) -> bool:
     return True
 
 
-def _print_script(shell: str) -> None:
+@command(
+    None, Argument("shell", type=Choice(SHELLS), metavar="SHELL", text=f"{', '.join(SHELLS)}.")
+)
+def completion(shell: str) -> None:
+    """Print a script that completes commands in a shell.
+
+    With the script, the Tab key completes commands, options, values and paths. Add the line
+    for your shell to the file named after the #.
+
+    Examples:
+        eval "$(vera-convert completion bash)"    # ~/.bashrc
+        eval "$(vera-convert completion zsh)"     # ~/.zshrc, below compinit
+        vera-convert completion fish | source     # ~/.config/fish/config.fish
+    """
     from click.shell_completion import get_completion_class
 
     kind = get_completion_class(shell)
     assert kind is not None
     say(kind(click.Command(PROGRAM), {}, PROGRAM, VARIABLE).source())
-
-
-def completion() -> Command:
-    """Return the command that prints the script."""
-    return Command(
-        "completion",
-        callback=_print_script,
-        params=[
-            Argument("shell", type=Choice(SHELLS), metavar="SHELL", text=f"{', '.join(SHELLS)}.")
-        ],
-        short_help="Print a script that completes commands in a shell",
-        help="""Print a script that completes commands in a shell.
-
-        With the script, the Tab key completes commands, options, values and paths. Add the line
-        for your shell to the file named after the #.""",
-        examples=(
-            'eval "$(vera-convert completion bash)"    # ~/.bashrc',
-            'eval "$(vera-convert completion zsh)"     # ~/.zshrc, below compinit',
-            "vera-convert completion fish | source     # ~/.config/fish/config.fish",
-        ),
-        statuses=(),
-    )

@@ -84,7 +84,7 @@ def form_sizes(
 def _sizes_of_key(adapter: Adapter, stored: StoredProjections, base_facts: BaseFacts) -> FormSizes:
     """Return the sizes if the draw of the key replaces the stored pair."""
     draw = draw_of_key(adapter, stored, base_facts)
-    pair = _pair_of(draw, _dtype_of(draw, stored.A.dtype))
+    pair = _pair_of(draw, stored.A.dtype)
     if pair is None:
         return FormSizes(None, None)
     return FormSizes(
@@ -104,25 +104,11 @@ def _pair_to_draw(adapter: Adapter, base_facts: BaseFacts) -> StoredProjections 
     draw = draw_on_base(adapter.config, base_facts)
     if draw is None or draw.out_features < adapter.longest_b:
         return None
-    return _pair_of(draw, _dtype_of(draw, stored_dtype(adapter)))
+    return _pair_of(draw, stored_dtype(adapter))
 
 
-def _pair_of(draw: Draw, dtype: str | None) -> StoredProjections | None:
-    if dtype is None:
-        return None
-    return empty_pair(draw.rank, draw.in_features, draw.out_features, dtype=dtype)
-
-
-def empty_pair(rank: int, inputs: int, outputs: int, *, dtype: str) -> StoredProjections:
-    """Return names, shapes and dtype of A and B, without values."""
-    return StoredProjections(
-        TensorData(A_NAME, dtype, (rank, inputs), lambda: iter(())),
-        TensorData(B_NAME, dtype, (outputs, rank), lambda: iter(())),
-    )
-
-
-def _dtype_of(draw: Draw, wanted: str) -> str | None:
-    """Return the dtype that a float32 draw is stored in; None if only the values tell.
+def _pair_of(draw: Draw, wanted: str) -> StoredProjections | None:
+    """Return the form in which a float32 draw is stored; None if only the values tell the dtype.
 
     Args:
         draw: the draw with its rounding.
@@ -134,7 +120,16 @@ def _dtype_of(draw: Draw, wanted: str) -> str | None:
         Rounding.FP16: "F16",
         Rounding.BF16_FP16: "F16",
     }.get(draw.rounding)
-    if wanted in ("F64", "F32", exact_in):
-        return wanted
+    dtype = wanted if wanted in ("F64", "F32", exact_in) else "F32"
     # One 16-bit dtype can hold the values of the other one if no value is too small or too large.
-    return None if exact_in and draw.rounding is not Rounding.FP16 else "F32"
+    if dtype != wanted and exact_in and draw.rounding is not Rounding.FP16:
+        return None
+    return empty_pair(draw.rank, draw.in_features, draw.out_features, dtype=dtype)
+
+
+def empty_pair(rank: int, inputs: int, outputs: int, *, dtype: str) -> StoredProjections:
+    """Return names, shapes and dtype of A and B, without values."""
+    return StoredProjections(
+        TensorData(A_NAME, dtype, (rank, inputs), lambda: iter(())),
+        TensorData(B_NAME, dtype, (outputs, rank), lambda: iter(())),
+    )

@@ -136,10 +136,9 @@ def _group_row(group: LayerGroup) -> Row:
 
 
 def _base_line(result: AdapterInfo) -> str:
-    if result.base_facts.base is not None:
-        kind = result.base_facts.base.model_type
-        return location_text(result.base_facts) + (f" ({printable(kind)})" if kind else "")
-    return location_text(result.base_facts)
+    base = result.base_facts.base
+    kind = base.model_type if base is not None else None
+    return location_text(result.base_facts) + (f" ({printable(kind)})" if kind else "")
 
 
 def _projection_lines(result: AdapterInfo) -> tuple[str, ...]:
