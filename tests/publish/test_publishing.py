@@ -18,7 +18,7 @@ from children import finished, running, tell, told
 from systemcalls import intercept
 
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.publish import filesystem, staging
+from vera_convert.publish import filesystem, place, staging
 from vera_convert.publish import publishing as publish
 from vera_convert.publish.publishing import Output, updated_folder
 from vera_convert.publish.signals import Interrupted
@@ -299,6 +299,50 @@ def test_a_mount_point_is_refused_before_the_work(
     monkeypatch.setattr(os.path, "ismount", out.__eq__)
     with pytest.raises(UsageError, match=r"is a mount point\. Choose .*/NAME\.$"):
         Output(out, force=force, is_own=own).check()
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_bind_mount_is_refused_before_the_work(
+    is_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bind mount lies on the same device as the folder around it, so only Linux's list tells."""
+    out = tmp_path / "two words"
+    out.mkdir() if is_folder else out.write_text("x")
+    mounts = tmp_path / "mountinfo"
+    real = str(tmp_path.resolve() / out.name).replace(" ", "\\040")
+    mounts.write_text(
+        f"36 35 98:0 / / rw - ext4 /dev/root rw\n37 36 98:0 /x {real} rw - ext4 a rw\n"
+    )
+    monkeypatch.setattr(place, "_MOUNTS", mounts)
+    with pytest.raises(UsageError, match=r"two words is a mount point\. Choose another OUT"):
+        Output(out, force=True, is_own=own, is_folder=is_folder).check()
+    Output(tmp_path / "two", force=True, is_own=own, is_folder=is_folder).check()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system has no numbers of users")
+def test_the_folder_of_another_user_in_a_sticky_folder_is_refused_before_the_work(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    an_empty_folder(out)
+    out.chmod(0o777)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    Output(out, force=True, is_own=own).check()
+    out.parent.chmod(0o1777)
+    with pytest.raises(SurroundingsError, match=r"belongs to another user.* Choose another OUT\.$"):
+        Output(out, force=True, is_own=own).check()
+    monkeypatch.undo()
+    Output(out, force=True, is_own=own).check()
+
+
+def test_a_folder_that_may_not_be_moved_is_refused_before_the_work(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exchange with OUT writes to OUT itself, whose entry `..` changes."""
+    an_empty_folder(out)
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda at, *more, **_: at != out and allowed(at, *more))
+    with pytest.raises(SurroundingsError, match=r"may not write to this folder\."):
+        Output(out, force=True, is_own=own).check()
 
 
 @pytest.mark.usefixtures("way")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.text import printable
+
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def real_place(out: Path) -> Path:
@@ -87,4 +91,47 @@ def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
         raise UsageError(
             f"OUT {printable(str(out))} {relation} the input {printable(str(given))}, "
             "which is never written to. Choose another OUT."
+        )
+
+
+def is_mount_point(place: Path) -> bool:
+    """Say whether a device or another folder is mounted at a place, which no rename replaces.
+
+    `os.path.ismount` does not see a folder or file of the same device (a bind mount, as containers
+    have). Linux lists these mounts, with octal numbers for blanks and backslashes.
+    """
+    if os.path.ismount(place):
+        return True
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:  # another system
+        return False
+    wanted = os.fsencode(place)
+    return any(
+        re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), line.split()[4]) == wanted
+        for line in lines
+    )
+
+
+def require_movable(place: Path) -> None:
+    """Refuse an existing OUT that the system does not let the user replace.
+
+    Raises:
+        SurroundingsError: OUT belongs to another user and lies in a sticky folder such as ``/tmp``,
+            or OUT is a folder that the user may not write to.
+        OSError: OUT or the folder of OUT cannot be read.
+    """
+    status, around = place.lstat(), place.parent.stat()
+    user = os.geteuid() if hasattr(os, "geteuid") else 0
+    shown, folder = printable(str(place)), printable(str(place.parent))
+    if around.st_mode & stat.S_ISVTX and user not in (0, status.st_uid, around.st_uid):
+        raise SurroundingsError(
+            f"{shown} belongs to another user, and in {folder}, which is a sticky folder, only the "
+            "owner may replace it.",
+            "Choose another OUT.",
+        )
+    if stat.S_ISDIR(status.st_mode) and not os.access(place, os.W_OK):
+        raise SurroundingsError(
+            f"{shown} may not be replaced, because your user may not write to this folder.",
+            "Choose another OUT, or allow writing with `chmod u+w`.",
         )

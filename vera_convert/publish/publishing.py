@@ -33,7 +33,13 @@ from vera_convert.publish.filesystem import (
     sync_folder,
     sync_tree,
 )
-from vera_convert.publish.place import nearest_folder, real_place, refuse_overlap
+from vera_convert.publish.place import (
+    is_mount_point,
+    nearest_folder,
+    real_place,
+    refuse_overlap,
+    require_movable,
+)
 from vera_convert.publish.signals import signals_done, signals_held, signals_raise
 from vera_convert.publish.staging import TAG, Container, bytes_of_the_dead, sweep_containers
 from vera_convert.text import listed, printable
@@ -182,7 +188,7 @@ class Output:
         Raises:
             UsageError: OUT is a mount point, or exists without `force`. With `force`: OUT is a
                 link, of another kind, a full folder of another command, or holds foreign files.
-            SurroundingsError: OUT cannot be read.
+            SurroundingsError: OUT cannot be read, or the system forbids the user to replace OUT.
         """
         if self.updates:
             return
@@ -191,8 +197,9 @@ class Output:
         except FileNotFoundError:
             return
         shown = printable(str(place))
-        if self.is_folder and os.path.ismount(place):
-            raise UsageError(f"{shown} is a mount point. Choose another OUT, such as {shown}/NAME.")
+        if is_mount_point(place):
+            inside = f", such as {shown}/NAME" if self.is_folder else ""
+            raise UsageError(f"{shown} is a mount point. Choose another OUT{inside}.")
         fits = stat.S_ISDIR(mode) if self.is_folder else stat.S_ISREG(mode)
         fits = fits and ((self.is_folder and is_empty(place)) or self.is_own(place))
         if not self.force:
@@ -214,6 +221,7 @@ class Output:
                 f"delete: {listed(sorted(strangers), _MOST_NAMED)}. Move them away, or choose "
                 "another OUT."
             )
+        require_movable(place)
 
 
 def updated_folder(out: Path) -> AbstractContextManager[Path]:
