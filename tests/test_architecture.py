@@ -33,7 +33,8 @@ base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed
 base.quantized: mxfp4 torchao formats
 base: model side_files rename_table templates renames unsupported_layouts
 base.quantized: layer_settings recognize unpack targets
-base: orientation vocabulary strategies match bases resizes task_classes replacements tied own_heads
+base: orientation vocabulary strategies match bases resizes task_classes saved_places
+base: replacements tied own_heads
 base: facts casts dims identity resolve
 conversion: projections proof transforms sizes work strip_embed regeneration migration
 assembly: addends blocks input_files copying direct pool finisher writer journal

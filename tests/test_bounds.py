@@ -5,20 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from adapters import good_adapter
-from bases import TENSORS, tiny_base
+from bases import LLAMA_SIZES, TENSORS, tiny_base
 from commandline import Run
+from limits import in_memory
 
 from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, BaseTensor
+from vera_convert.base.quantized.layer_settings import settings_by_layer
+from vera_convert.base.quantized.recognize import Quantization
 from vera_convert.base.quantized.targets import quantized_targets
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.renames import model_types, release_names
 from vera_convert.base.replacements import match_replacements
 from vera_convert.base.strategies import AS_THEY_ARE
+from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import TensorInfo
 from vera_convert.files.shards import find_weights
@@ -119,6 +126,49 @@ def test_a_config_of_very_many_quantization_configs_is_read_as_one() -> None:
         assert quantized(base_of(layers(500), parts)) == 500
 
 
+def packed_base(count: int, config: Mapping[str, Any]) -> BaseModel:
+    """Return a base whose layers have 8-bit integers, as a quantizer's."""
+    base = base_of(layers(count), config)
+    tensors = {
+        name: replace(tensor, info=tensor.info._replace(dtype="I8", end=64))
+        for name, tensor in base.tensors.items()
+    }
+    return replace(base, tensors=tensors)
+
+
+def test_many_quantization_configs_and_many_packed_layers_are_read_soon() -> None:
+    parts = {
+        f"part{number}": {"quantization_config": {"quant_method": f"method{number}"}}
+        for number in range(20_000)
+    }
+    base = packed_base(1_000, parts)
+    with soon():
+        found = unpacked(base)
+        quantization = Quantization(base)
+        assert not any(map(quantization.is_packed, base.tensors))
+    assert len(found.defects) == 1_000
+    assert "method2 and 19,997 more" in found.first_defect
+    assert len(found.first_defect) < 300
+
+
+def test_a_list_of_plain_modules_is_read_once_for_all_layers() -> None:
+    kept = [f"other.module{number}" for number in range(20_000)]
+    settings = {"quant_method": "int8", "modules_to_not_convert": kept}
+    base = packed_base(4_000, {"quantization_config": settings})
+    quantization = Quantization(base)
+    with soon():
+        assert not any(map(quantization.is_packed, base.tensors))
+
+
+def test_a_group_for_each_of_many_layers_is_found_soon() -> None:
+    base = base_of(layers(20_000), {})
+    paths = [name.removesuffix(".weight") for name in base.tensors]
+    groups = {path: {"targets": [path]} for path in paths}
+    with soon():
+        found = settings_by_layer(base, {"config_groups": groups}, paths)
+    assert all(found[path]["config_groups"] == {path: groups[path]} for path in paths)
+
+
 # --- names ---------------------------------------------------------------------------------------
 
 
@@ -153,6 +203,92 @@ def test_very_many_replacements_are_told_apart_soon() -> None:
         assert len(match_replacements(shapes, match, base)) == 60_000
     with pytest.raises(CheckpointError, match="both replace"):
         match_replacements({**shapes, "x7.weight": (8,)}, match, base)
+
+
+def test_very_many_biases_that_the_base_may_call_otherwise_are_placed_soon(
+    tmp_path: Path, run: Run
+) -> None:
+    count = 1_500
+    biases = {
+        f"base_model.model.x{number}.decoder.bias": np.zeros(8, np.float32)
+        for number in range(count)
+    }
+    stored = {f"x{number}.bias": (8,) for number in range(count)}
+    base = tiny_base(tmp_path / "base", tensors=stored)
+    adapter = good_adapter(tmp_path / "adapter", tensors=biases, bias="all")
+    with soon():
+        assert run("validate", adapter, "--base", base).status == 0
+
+
+def test_the_heads_of_many_classes_are_told_apart_soon(tmp_path: Path, run: Run) -> None:
+    count = 8_000
+    heads = {
+        f"base_model.model.x{number}.head.weight": np.zeros((2, 2), np.float32)
+        for number in range(count)
+    }
+    of_classes = {f"x{number}.cls.predictions.head.weight": (2, 2) for number in range(count)}
+    base = tiny_base(tmp_path / "base", tensors=of_classes)
+    adapter = good_adapter(tmp_path / "adapter", tensors=heads, modules_to_save=["head"])
+    with soon():
+        run("validate", adapter, "--base", base)
+
+
+def test_the_embedding_of_a_head_is_found_soon_among_very_many() -> None:
+    names = (f"part{number}.embed_tokens.weight" for number in range(6_000))
+    base = base_of(names, {})
+    with soon():
+        assert not any(shared_embedding(base, 8, 8) for _ in range(6_000))
+
+
+def test_a_tensor_of_absurdly_many_experts_is_no_tensor_of_the_base() -> None:
+    name = "base_model.model.layers.0.mlp.experts.gate_up_proj"
+    with in_memory():
+        found = match_replacements(
+            {name: (5_000_000, 1, 1)}, Match(AS_THEY_ARE, {}, {}), base_of(layers(2), {})
+        )
+    assert [part.target for part in found[name]] == ["layers.0.mlp.experts.gate_up_proj"]
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "front{}.base_model.model.model.layers.{}.q_proj.vera_lambda_b",
+        "base_model.model.model.layers.{}._x{}_module.q_proj.vera_lambda_b",
+        "front{}.base_model.model.model.layers.{}.weight",
+    ],
+)
+def test_a_message_about_names_lists_a_few(tmp_path: Path, run: Run, name: str) -> None:
+    vectors = {name.format(n, n): np.zeros(16, np.float32) for n in range(1_000)}
+    adapter = good_adapter(tmp_path / "adapter", tensors=vectors)
+    for command in (("validate", adapter), ("migrate", adapter, tmp_path / "out", "--to", "asis")):
+        ended = run(*command)
+        assert len(ended.out) + len(ended.err) < 10_000, ended.out[:1_000]
+
+
+def test_the_text_about_an_adapter_lists_no_thousands_of_kinds(tmp_path: Path, run: Run) -> None:
+    vectors = {
+        f"base_model.model.kind{number}x.vera_lambda_{kind}": np.ones(size, np.float32)
+        for number in range(1_000)
+        for kind, size in (("b", 8), ("d", 4))
+    }
+    adapter = good_adapter(tmp_path / "adapter", tensors=vectors)
+    text = run("info", adapter).out
+    assert "others 902 kinds, listed by --json" in " ".join(text.split())
+    assert len(text) < 10_000
+    assert len(run("info", adapter, "--json").document["groups"]) == 1_002
+
+
+def test_the_message_about_other_sizes_of_a_base_lists_a_few(tmp_path: Path, run: Run) -> None:
+    tables = {f"model.x{number}.embed_tokens.weight": (3, number + 100) for number in range(1_000)}
+    config = {"model_type": "llama", **LLAMA_SIZES}
+    base = tiny_base(tmp_path / "base", tensors=tables, config=config)
+    ended = run("validate", good_adapter(tmp_path / "adapter"), "--base", base)
+    assert "V559" in ended.out
+    assert "1,994 more sizes" in " ".join(ended.out.split())
+    assert len(ended.out) < 10_000
 
 
 # --- numbers in names ----------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from vera_convert.base.facts import parse_key_map
 from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, BaseTensor, read_base
-from vera_convert.base.replacements import Part, match_replacements
+from vera_convert.base.replacements import match_replacements
+from vera_convert.base.saved_places import Part
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location

@@ -16,7 +16,8 @@ from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, BaseTensor, read_base
 from vera_convert.base.rename_table import Family, conversions, families
 from vera_convert.base.renames import model_types, release_names
-from vera_convert.base.replacements import Part, match_replacements
+from vera_convert.base.replacements import match_replacements
+from vera_convert.base.saved_places import Part
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location

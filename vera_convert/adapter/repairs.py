@@ -17,7 +17,7 @@ from vera_convert.adapter.opening import Repaired
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.text import printable
+from vera_convert.text import listed, printable
 
 _OF_INNER_MODEL = re.compile(r"model\.model\.(?:layers|encoder|decoder)\.")
 """Names of layers in PEFT's VeraModel. No model has layers of this name."""
@@ -93,8 +93,7 @@ def _without_foreign_parts(
         parts = split[name]
         return parts.name if names.begin_alike else ".".join(filter(None, parts[1::-1]))
 
-    said = " and ".join(printable(part) for part in sorted(removed))
-    return _renamed(tensors, new_name, f"removed {said} from names")
+    return _renamed(tensors, new_name, f"removed {listed(sorted(removed))} from names")
 
 
 def _without_adapter_name(
@@ -190,6 +189,6 @@ def _for_reader(
     removed += ["peft_version"] if config_file.config.peft_version is not None else []
     if not removed:
         return config_file, ""
-    names = ", ".join(map(printable, sorted(removed)))
+    names = listed(sorted(removed), 10)
     edited = config_file.edited({}, remove=frozenset(removed))
     return edited, f"removed config fields that old PEFT refuses: {names}"

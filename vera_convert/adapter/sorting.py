@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from vera_convert import rules
@@ -24,8 +25,10 @@ from vera_convert.dtypes import FLOATS
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import Finding, Rule, errors_of
-from vera_convert.text import listed, printable
+from vera_convert.text import and_more, listed, printable
 
+_MOST_SHOWN = 6
+"""The most beginnings of names, or wrappers, in one message; a sound file has one."""
 _WITHOUT_COPY = (
     "PEFT copied the base's packed weight, which is untrained. With PyTorch installed, remove "
     "the copy in the adapter's folder: python -c \"from safetensors import safe_open; from "
@@ -150,13 +153,14 @@ def _misnamed_findings(by_rule: Mapping[Rule, Sequence[str]], names: Names) -> I
             else:
                 yield rule.at(place, f'the name carries the adapter\'s name "{which}".')
         elif rule in (rules.WRAPPER_IN_NAMES, rules.PREFIX_MISSING) and not names.begin_alike:
-            groups = (
+            groups = [
                 f"{len(group)} names of vectors begin with "
                 + (f'"{printable(beginning)}"' if beginning else "the path of the layer")
                 + f", such as {printable(group[0])}"
-                for beginning, group in names.beginnings.items()
-            )
-            yield rules.PREFIX_MIXED.at(place, f"{'; '.join(groups)}.")
+                for beginning, group in islice(names.beginnings.items(), _MOST_SHOWN)
+            ]
+            more = and_more(len(names.beginnings) - len(groups), "beginning")
+            yield rules.PREFIX_MIXED.at(place, f"{'; '.join(groups)}{more}.")
         else:
             yield rule.at(place, _name_reason(rule))
 
@@ -166,9 +170,15 @@ def _foreign_reason(broken: Sequence[str], names: Names) -> str:
     parts = [names.parts(name) for name in broken]
     wrappers = sorted({wrapper for each in parts for wrapper in each.wrappers})
     fronts = sorted({each.front for each in parts} - {""})
-    said = [f'"{printable(front)}." stands before the name that PEFT writes' for front in fronts]
+    said = [
+        f'"{printable(front)}." stands before the name that PEFT writes'
+        for front in fronts[:_MOST_SHOWN]
+    ]
+    if len(fronts) > _MOST_SHOWN:
+        said.append(f"{len(fronts) - _MOST_SHOWN:,} more texts stand before other names")
     if wrappers:
-        shown = " and ".join(f'"{printable(wrapper)}"' for wrapper in wrappers)
+        shown = " and ".join(f'"{printable(wrapper)}"' for wrapper in wrappers[:_MOST_SHOWN])
+        shown += and_more(len(wrappers) - _MOST_SHOWN)
         verb = "is" if len(wrappers) == 1 else "are"
         said.append(f"{shown} {verb} left over from a wrapper around the model")
     return f"{'; '.join(said)}."

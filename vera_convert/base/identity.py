@@ -21,7 +21,7 @@ from vera_convert.hub.repo_name import is_repo_id
 from vera_convert.rules import Finding
 from vera_convert.targets.architectures import LARGEST_SIZE
 from vera_convert.targets.built import BuiltLayers, parts_of_config
-from vera_convert.text import printable
+from vera_convert.text import and_more, printable
 
 _IN_CACHE = re.compile(r"models--([^/\\]+)")
 _CLASS_MODULE = re.compile(r"transformers\.models\.(\w+)\..*")
@@ -38,6 +38,8 @@ MORE_ROWS = frozenset(
     )
 )
 """The types of models, or of their parts, that build an embedding of more rows than vocab_size."""
+_MOST_SIZES = 6
+"""The most sizes in one message; a base has one or two embeddings."""
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim", "dim")
 
 
@@ -57,7 +59,10 @@ def disagreements(
         yield rules.OTHER_BASE.at(base.location.label, f"{'; '.join(other)}.")
     sizes = [*_other_sizes(base), *_too_few_layers(built, modules)]
     if sizes:
-        yield rules.BASE_MISDESCRIBED.at(base.location.label, f"{'; '.join(sizes)}.")
+        more = and_more(len(sizes) - _MOST_SIZES, "size")
+        yield rules.BASE_MISDESCRIBED.at(
+            base.location.label, f"{'; '.join(sizes[:_MOST_SIZES])}{more}."
+        )
 
 
 def _another_name(config: VeraConfig, base: BaseModel) -> Iterator[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from vera_convert import rules
@@ -16,6 +15,7 @@ from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import release_names
+from vera_convert.base.saved_places import ORIGINAL, Part, Places
 from vera_convert.base.task_classes import class_of_head
 from vera_convert.base.unsupported_layouts import Layers, other_layout
 from vera_convert.embeddings import is_embedding, is_output_head
@@ -25,29 +25,10 @@ from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import Finding, Severity
 from vera_convert.text import listed, printable
 
-_BODY = "model."
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _OLD_BUFFERS = frozenset(("inv_freq", "masked_bias", "position_ids"))
 """Tensors that earlier releases of transformers stored, and that later releases compute."""
 _PRETRAINING_HEAD = re.compile(r"(?:^|\.)cls\.(?:predictions|seq_relationship)\.")
-
-
-ORIGINAL = ".original_module"
-"""The end of the path of a module that PEFT wraps, which keeps the values before the training."""
-
-
-class Part(NamedTuple):
-    """The values of one tensor of the base inside an adapter's tensor.
-
-    Attributes:
-        target: the base's name.
-        shape: the shape of the values.
-        first: the position of the first value in the adapter's tensor.
-    """
-
-    target: str
-    shape: tuple[int, ...]
-    first: int = 0
 
 
 class Replacing(NamedTuple):
@@ -86,8 +67,10 @@ def replacing_tensors(adapter: Adapter, match: Match, base: BaseModel) -> Replac
         part.target: (tensors[name], part) for name, parts in matched.items() for part in parts
     }
     lost = {target: tensor for target, (tensor, _) in found.items() if target not in base.tensors}
+    saved = SavedModules(adapter.config)
+    places = Places(match, base) if lost else None
     for target, tensor in lost.items():
-        part = _tied_bias(tensor, adapter, match, base)
+        part = None if places is None else _tied_bias(tensor, saved, places, base)
         if part is None:
             continue
         del found[target]
@@ -157,7 +140,9 @@ def is_unused(name: str, adapter: Adapter) -> bool:
     return is_shared and bool(SavedModules(adapter.config).of(module))
 
 
-def _tied_bias(tensor: TensorData, adapter: Adapter, match: Match, base: BaseModel) -> Part | None:
+def _tied_bias(
+    tensor: TensorData, saved: SavedModules, places: Places, base: BaseModel
+) -> Part | None:
     """Return the part for a bias that shares its values with a bias of the base; else None.
 
     A head such as BERT's or FLAVA's has one bias under two names, ``X.bias`` and
@@ -165,14 +150,14 @@ def _tied_bias(tensor: TensorData, adapter: Adapter, match: Match, base: BaseMod
     has its own bias.
     """
     module, _, parameter = replaced_name(tensor.name).rpartition(".")
-    if parameter != "bias" or SavedModules(adapter.config).of(module):
+    if parameter != "bias" or saved.of(module):
         return None
     parent, _, last = module.rpartition(".")
     other = parent if last == "decoder" else f"{module}.decoder"
     if not other:
         return None
     name = f"{PREFIX}{other}.bias"
-    (part,) = match_replacements({name: tensor.shape}, match, base)[name]
+    (part,) = places.of(name, tensor.shape)
     return part if part.target in base.tensors else None
 
 
@@ -198,67 +183,14 @@ def match_replacements(
     if not shapes:
         return found  # the views of a large base take a second
     owners: dict[str, str] = {}
-    # Layers may fit as they are although a saved module has another name.
-    releases = [*release_names(base)]
-    strategies: list[Callable[[str], str | None]] = [
-        match.strategy.rename,
-        str,
-        *(each.rename for each in releases),
-    ]
+    places = Places(match, base)
     for name, shape in shapes.items():
-        module, _, parameter = name.removeprefix(PREFIX).rpartition(".")
-        module = re.sub(r"(^|\.)base_layer$", "", module).removesuffix(ORIGINAL)
-        paths = [path for rename in strategies if (path := rename(module)) is not None]
-        plain = ".".join(filter(None, (module, parameter)))
-        named = [".".join(filter(None, (path, parameter))) for path in paths]
-        there = chain(
-            named,
-            (rename(plain) for rename in strategies),  # some classes rename the parameter too
-            # Loaders add and remove the prefix of the model for each tensor alone.
-            (path.removeprefix(_BODY) for path in named),
-            (f"{_BODY}{path}" for path in named),
-        )
-        target = next((path for path in there if path in base.tensors), None) or plain
-        around = [each.around(module) for each in releases if each.around is not None]
-        parts = () if target in base.tensors else _experts(paths + around, parameter, shape, base)
-        found[name] = parts or (Part(target, shape),)
+        found[name] = places.of(name, shape)
         for part in found[name]:
             first = owners.setdefault(part.target, name)
             if first != name:
                 raise CheckpointError(_clash(part.target, first, name))
     return found
-
-
-_LAYERS_OF_EXPERTS = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3"), ("fc1", "fc3")),
-    "up_proj": (("up_proj",),),
-    "down_proj": (("down_proj",), ("w2",), ("fc2",)),
-}
-"""The layers of an expert in files, for each tensor of all experts in transformers 5."""
-
-
-def _experts(
-    paths: Iterable[str], parameter: str, shape: tuple[int, ...], base: BaseModel
-) -> tuple[Part, ...]:
-    """Return the base's tensors in a tensor of all experts; empty if the base lacks one.
-
-    Transformers 5 stacks the experts along the first axis, and the layers of one expert along the
-    second axis.
-    """
-    if len(shape) != 3:
-        return ()
-    experts, rows, columns = shape
-    for path in paths:
-        for layers in _LAYERS_OF_EXPERTS.get(parameter, ()):
-            height = rows // len(layers)
-            names = [f"{path}.{n}.{layer}.weight" for n in range(experts) for layer in layers]
-            is_more = f"{path}.{experts}.{layers[0]}.weight" in base.tensors
-            if not is_more and all(name in base.tensors for name in names):
-                return tuple(
-                    Part(name, (height, columns), position * height * columns)
-                    for position, name in enumerate(names)
-                )
-    return ()
 
 
 def is_of_classifier(config: VeraConfig, name: str) -> bool:
@@ -337,6 +269,7 @@ def incomplete_modules(
     begun = frozenset().union(*map(saved.of, in_adapter))
     stored = {*targets, *match.tensors.values()}
     stores_experts = any(map(_EXPERT.search, stored))
+    stored_heads = frozenset(map(_pretraining_head, stored))
     for name, tensor in base.tensors.items():
         path, _, parameter = match.strategy.in_memory(name).rpartition(".")
         modules = saved.of(path)
@@ -346,19 +279,20 @@ def incomplete_modules(
         # Transformers 5 builds one module for all experts, which has the layers of none.
         is_built = stores_experts or _EXPERT.search(name) is None
         is_due = bool(modules) and is_parameter and is_built and parameter not in _OLD_BUFFERS
-        if is_due and name not in stored and not _of_another_class(name, stored):
+        head = _pretraining_head(name)
+        if is_due and name not in stored and (head is None or head in stored_heads):
             reason = "the base has it, and PEFT saves the module whole, but the adapter lacks it."
             yield rules.MODULE_TO_SAVE_MISSING.in_tensor(name, reason)
 
 
-def _of_another_class(name: str, stored: Collection[str]) -> bool:
-    """Say whether a tensor is of a pretraining head that the adapter's model class does not build.
+def _pretraining_head(name: str) -> str | None:
+    """Return the beginning of the names of a tensor's pretraining head; None outside such a head.
 
     BERT has one or two pretraining heads, depending on the class. The adapter stores the heads of
-    its own class.
+    its own class, so a head without any stored tensor belongs to another class.
     """
     head = _PRETRAINING_HEAD.search(name)
-    return head is not None and not any(each.startswith(name[: head.end()]) for each in stored)
+    return None if head is None else name[: head.end()]
 
 
 def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Finding]:

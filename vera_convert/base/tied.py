@@ -10,7 +10,8 @@ from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
-from vera_convert.base.replacements import ORIGINAL, used_replacements
+from vera_convert.base.replacements import used_replacements
+from vera_convert.base.saved_places import ORIGINAL
 from vera_convert.base.task_classes import class_of_head
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head, output_head_of
@@ -150,7 +151,7 @@ def tied_head(
     if base.tie_word_embeddings is False:
         return None
     for name, tensor in base.tensors.items():
-        if is_head(name, base) and tensor.info.shape == shape:
+        if tensor.info.shape == shape and is_head(name, base):
             return name if base.tie_word_embeddings else None
     class_name = class_of_head(adapter.config, base) or next(iter(base.class_names), None)
     if adapter.config.task_type in _TASKS_OF_WORDS:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
+from itertools import chain
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
@@ -31,35 +33,46 @@ _LONGEST_ID = 20  # digits; a longer number is beyond the rows of any embedding
 
 def embedding_rows(base: BaseModel) -> int | None:
     """Return the number of rows of the base's embedding; None if unknown or ambiguous."""
-    rows = {
-        tensor.info.shape[0]
-        for name, tensor in base.tensors.items()
-        if is_embedding(name.removesuffix(".weight")) and len(tensor.info.shape) == 2
-    }
-    return rows.pop() if len(rows) == 1 else None
+    rows = _embeddings(base)
+    return next(iter(rows)) if len(rows) == 1 else None
+
+
+@lru_cache(maxsize=8)
+def _embeddings(base: BaseModel) -> Mapping[int, Sequence[tuple[int, str]]]:
+    """Return columns and name of each embedding by rows, the narrowest first.
+
+    The cache helps because each embedding in an adapter's file is compared with the base's.
+    """
+    found: dict[int, list[tuple[int, str]]] = {}
+    for name, tensor in base.tensors.items():
+        if is_embedding(name.removesuffix(".weight")) and len(tensor.info.shape) == 2:
+            rows, columns = tensor.info.shape
+            found.setdefault(rows, []).append((columns, name))
+    return {rows: sorted(those) for rows, those in found.items()}
 
 
 def shared_embedding(base: BaseModel, rows: int | None, widest: int | None = None) -> str | None:
     """Return the embedding to share with an output head; None if absent or ambiguous.
+
+    An encoder-decoder can store an embedding for each stack. The head shares the embedding beside
+    the stacks, as in T5, or else the decoder's, as in T5Gemma.
 
     Args:
         base: the base.
         rows: rows of the head and of the embedding; None for any number.
         widest: the most columns of the embedding; None for any number.
     """
-    found = [
-        name
-        for name, tensor in base.tensors.items()
-        if is_embedding(name.removesuffix(".weight"))
-        and len(tensor.info.shape) == 2
-        and rows in (None, tensor.info.shape[0])
-        and (widest is None or tensor.info.shape[1] <= widest)
-    ]
-    if len(found) > 1:
-        # An encoder-decoder can store an embedding for each stack. The head shares the embedding
-        # beside the stacks, as in T5, or else the decoder's, as in T5Gemma.
-        beside = [name for name in found if _OF_STACK.search(name) is None]
-        found = beside or [name for name in found if "decoder." in name]
+    by_rows = _embeddings(base)
+    beside: list[str] = []
+    of_stacks: list[str] = []
+    for columns, name in chain.from_iterable(
+        by_rows.values() if rows is None else (by_rows.get(rows, ()),)
+    ):
+        if widest is None or columns <= widest:
+            (of_stacks if _OF_STACK.search(name) else beside).append(name)
+        if len(beside) > 1:
+            return None
+    found = beside or [name for name in of_stacks if len(of_stacks) == 1 or "decoder." in name]
     return found[0] if len(found) == 1 else None
 
 

@@ -44,7 +44,7 @@ from vera_convert.files.walk import files_and_links
 from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.publish.publishing import Output, files_but
 from vera_convert.rules import Finding
-from vera_convert.text import printable, short_repr
+from vera_convert.text import listed, printable, short_repr
 
 
 class Mode(StrEnum):
@@ -200,7 +200,7 @@ def _nothing_below(tree: Path, result: TreeMigration) -> str:
         return f"no adapter lies below {printable(str(tree))}."
     number = len(result.passed_over)
     said = "the one adapter there is" if number == 1 else f"the {number:,} adapters there are"
-    return f"no VeRA adapter lies below {printable(str(tree))}: {said} {', '.join(others)}."
+    return f"no VeRA adapter lies below {printable(str(tree))}: {said} {listed(others)}."
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,7 @@ def _named(named: str, names: Collection[str], *, place: str) -> WeightFiles:
 def _main_component(names: Collection[str], place: str) -> str:
     found = [folder for folder in component_folders(names) if _MAIN_COMPONENT.fullmatch(folder)]
     if len(found) > 1:
-        reason = f"the pipeline has {' and '.join(map(printable, found))}."
+        reason = f"the pipeline has {listed(found)}."
         raise CheckpointError(rules.BASE_AMBIGUOUS.at(place, reason))
     return found[0] if found else ""
 
@@ -277,5 +277,5 @@ def _where(tensor: str, weight_map: Mapping[str, str], files_of: Mapping[str, li
     if tensor in weight_map:
         places.append(f"which the index puts into {printable(weight_map[tensor])}")
     if tensor in files_of:
-        places.append(f"which lies in {' and '.join(map(printable, files_of[tensor]))}")
+        places.append(f"which lies in {listed(files_of[tensor])}")
     return f", {', and '.join(places)}" if places else ""

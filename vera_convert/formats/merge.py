@@ -11,7 +11,7 @@ from vera_convert.merging.adapters import MergedAdapter
 from vera_convert.merging.merge import Merge
 from vera_convert.merging.output import FilePlan
 from vera_convert.merging.report import ReplacedTensor, total, values_in_words, worst
-from vera_convert.text import and_more, counted, printable
+from vera_convert.text import and_more, counted, listed, printable
 
 _MOST_LISTED = 12
 
@@ -106,4 +106,4 @@ def _side_rows(result: Merge) -> list[Row]:
 
 
 def _joined(names: Iterable[str]) -> str:
-    return ", ".join(map(printable, names))
+    return listed(names, 30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vera_convert.base.facts import BASE_REMEDY, BaseFacts
@@ -19,6 +20,9 @@ from vera_convert.text import and_more, counted, listed, printable, printable_wh
 
 if TYPE_CHECKING:
     from vera_convert.lora.conversion import LoraConversion
+
+_MOST_GROUPS = 100
+"""The most kinds of layers in the text about an adapter; a model has a dozen."""
 
 # --- strip, embed, migrate -----------------------------------------------------------------------
 
@@ -116,7 +120,7 @@ def info_text(result: AdapterInfo) -> str:
         ("rank", str(config.r)),
         ("key", str(config.projection_prng_key)),
         ("layers", str(result.layers)),
-        *map(_group_row, result.groups),
+        *_group_rows(result.groups),
         ("lambdas", ", ".join(result.lambda_dtypes)),
         ("modules_to_save", listed(result.replacements, 6)),
         ("projections", _projection_lines(result)),
@@ -128,6 +132,13 @@ def info_text(result: AdapterInfo) -> str:
         ("  as LoRA", _bytes_text(sizes.lora, "needs the base")),
         ("  merged", _bytes_text(sizes.merged, "needs the base")),
     )
+
+
+def _group_rows(groups: Sequence[LayerGroup]) -> Iterator[Row]:
+    """Yield a row for each kind of layer, and the number of the others; a model has few kinds."""
+    yield from map(_group_row, groups[:_MOST_GROUPS])
+    if len(groups) > _MOST_GROUPS:
+        yield "  others", f"{counted(len(groups) - _MOST_GROUPS, 'kind')}, listed by --json"
 
 
 def _group_row(group: LayerGroup) -> Row:
@@ -175,7 +186,7 @@ def count_text(result: Count) -> str:
     body = labelled(
         ("rank", str(result.rank)),
         ("layers", f"{result.layers}, from {printable(result.source)}"),
-        *map(_group_row, result.groups),
+        *_group_rows(result.groups),
         ("A and B", f"({result.rank}, {result.max_in}) and ({result.max_out}, {result.rank})"),
     )
     return f"{body}\n\n{table(_count_rows(result))}"

@@ -15,8 +15,9 @@ from vera_convert.assembly.addends import Term
 from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.recognize import quantized_tensors
-from vera_convert.base.replacements import Part, is_of_classifier
+from vera_convert.base.replacements import is_of_classifier
 from vera_convert.base.resizes import NO_RESIZES, Resizes
+from vera_convert.base.saved_places import Part
 from vera_convert.base.tied import is_head, scales_tied_logits
 from vera_convert.base.vocabulary import tied_copies
 from vera_convert.delta import working_dtype

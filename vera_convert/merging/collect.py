@@ -16,7 +16,6 @@ from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import (
-    Part,
     incomplete_modules,
     is_unused,
     replacing_tensors,
@@ -24,6 +23,7 @@ from vera_convert.base.replacements import (
     unknown_tensor,
 )
 from vera_convert.base.resizes import biases_of_logits, followers, resizes, shape_differs
+from vera_convert.base.saved_places import Part
 from vera_convert.base.tied import (
     is_head,
     is_tied_head,

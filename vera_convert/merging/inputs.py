@@ -30,7 +30,7 @@ from vera_convert.merging.dequantize import dequantized_finding
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.merging.options import MergeOptions
 from vera_convert.rules import Finding
-from vera_convert.text import printable
+from vera_convert.text import listed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,7 +158,7 @@ def _resolve_all(
             facts.append(resolve_base(adapter, same, bases=bases, need=need))
     components = dict.fromkeys(_base_of(each).prefix for each in facts)
     if len(components) > 1:
-        shown = " and ".join(printable(prefix.rstrip("/")) for prefix in components)
+        shown = listed(prefix.rstrip("/") for prefix in components)
         raise UsageError(
             f"the adapters are of different components of the base ({shown}): merge one adapter, "
             "and merge the next into the result."

@@ -64,8 +64,12 @@ def _by_groups(
     for path in paths:
         best = min(of_target.keys() & names[path], default=fitting.get(path))
         chosen[path] = frozenset((of_target[best],)) if best else of_classes or frozenset(groups)
+    order = {key: number for number, key in enumerate(groups)}
     shared = {
-        keys: {**settings, "config_groups": {key: groups[key] for key in groups if key in keys}}
+        keys: {
+            **settings,
+            "config_groups": {key: groups[key] for key in sorted(keys, key=order.__getitem__)},
+        }
         for keys in {*chosen.values()}
     }
     return {path: shared[keys] for path, keys in chosen.items()}

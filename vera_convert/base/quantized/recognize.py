@@ -105,6 +105,7 @@ class Quantization:
 
     def __init__(self, base: BaseModel) -> None:
         self._base = base
+        self._claims = [*islice(dict.fromkeys(_claims(base.config)), _MOST_CLAIMS + 1)]
         self._signs: dict[str, tuple[str, str]] = {}
         for name in base.tensors:
             path, rest = layer_of(name)
@@ -133,7 +134,7 @@ class Quantization:
             return True  # the parts of packed values, which any dtype can store
         if dtype != "I8":
             return False
-        methods = {claim.method for claim in _claims(self._base.config)}
+        methods = {claim.method for claim in self._claims}
         is_transposed = not methods.isdisjoint(_REFUSED["transposed"])
         return is_transposed or f"{path}.weight_scales" in self._base.tensors
 
@@ -164,7 +165,7 @@ class Quantization:
 
     def _by_config(self, names: Sequence[str]) -> dict[str, str]:
         """Return the method by name, for the weights that the config calls quantized."""
-        claims = [*islice(dict.fromkeys(_claims(self._base.config)), _MOST_CLAIMS + 1)]
+        claims = self._claims
         # Norms and biases have one dimension. A packed weight can have one too.
         names = [
             name

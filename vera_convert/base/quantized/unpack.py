@@ -30,7 +30,7 @@ from vera_convert.errors import refuse
 from vera_convert.files.header import TensorInfo
 from vera_convert.rules import Finding
 from vera_convert.targets.linear import CONV1D_LAYERS
-from vera_convert.text import printable
+from vera_convert.text import listed, printable
 
 _LONGEST_ROW = 1 << 20
 """The most values of a row: a merge holds a few whole rows in memory."""
@@ -174,6 +174,7 @@ class _Reader:
         self.settings = found[0] if found else next(sections(base.config), {})
         self.of_layers = settings_by_layer(base, self.settings, paths)
         self.methods = {*map(method_of, found)}
+        self.said = listed(dict.fromkeys(map(method_label, sections(base.config))))
         self.is_clear = all(each == self.settings for each in found)
         # Only the model's class tells a transposed layer: a quantizer's bias and shape are silent.
         types = model_types(base.config)
@@ -244,11 +245,10 @@ class _Reader:
 
     def _refusal(self, path: str, infos: Mapping[str, TensorInfo]) -> Finding:
         rest, info = next(filter(_is_sign, infos.items()))
-        said = [*map(method_label, sections(self.base.config))]
-        kind = " and ".join(dict.fromkeys(said)) or kind_of_siblings(rest) or "packed values"
+        kind = self.said or kind_of_siblings(rest) or "packed values"
         where = printable(f"{path}.{rest}" if path else rest)
         reason = f"no supported format has this tensor with the dtype {info.dtype}."
-        if not said:
+        if not self.said:
             reason = "the base's config does not say how the layer is quantized."
         elif not self.is_clear:
             reason = "the base's config has several quantization_configs, and these disagree."
