@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from vera_convert import rules
@@ -121,7 +122,10 @@ def open_inputs(
         findings = [
             *_base_findings(files, packed, adapters),
             *_adapter_findings(adapters, facts, beside),
-            *_unused_findings(adapters, beside, written),
+            *chain.from_iterable(
+                files.unused(matched.label, written)
+                for matched, files in zip(adapters[1:], beside[1:], strict=True)
+            ),
             *_idle_options(files, adapters, options),
             *idle_key_maps(base.key_map, [(each.adapter, each.match) for each in adapters]),
         ]
@@ -240,13 +244,3 @@ def _idle_options(
         yield rules.OPTION_WITHOUT_EFFECT.at("--dequantize", reason)
     if options.generator is not None and all(each.pair.draw is None for each in adapters):
         yield IDLE_GENERATOR
-
-
-def _unused_findings(
-    adapters: Sequence[MatchedAdapter],
-    beside: Sequence[AdapterFiles],
-    written: Mapping[str, InputFile],
-) -> Iterator[Finding]:
-    """Yield a warning for each file of an added adapter that the merged model lacks."""
-    for matched, files in zip(adapters[1:], beside[1:], strict=True):
-        yield from files.unused(matched.label, written)

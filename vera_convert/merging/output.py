@@ -210,7 +210,8 @@ def model_card(
     is_known = trained_on is not None and is_repo_id(trained_on)
     base_model = base.repo_id or (trained_on if is_known else None)
     fields = [
-        *([f"base_model: {_quoted(base_model)}"] if base_model else []),
+        # A text of JSON is valid YAML.
+        *([f"base_model: {json.dumps(printable(base_model))}"] if base_model else []),
         *(["base_model_relation: finetune"] if base_model else []),
         f"library_name: {library}",
         "tags:",
@@ -233,11 +234,6 @@ def model_card(
 def _row(kind: str, location: Location, weight: str) -> str:
     name = "/".join(filter(None, (location.name, location.subfolder)))
     return f"| {kind} | {_code(name)} | {_code(location.commit or '')} | {weight} |"
-
-
-def _quoted(text: str) -> str:
-    """Return text as a value of YAML; a text of JSON is valid YAML."""
-    return json.dumps(printable(text))
 
 
 def _code(text: str) -> str:

@@ -17,7 +17,7 @@ import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vera_convert.arguments import require_flags
@@ -238,6 +238,7 @@ def updated_folder(out: Path) -> AbstractContextManager[Path]:
     return Output(out, lambda _: True, updates=True).staged()
 
 
+@dataclass(slots=True)
 class Staged:
     """The staged output of a run, perhaps with files of an earlier run.
 
@@ -248,11 +249,10 @@ class Staged:
         worth_keeping: whether a failure leaves folder and journal for a later run; set by the run.
     """
 
-    def __init__(self, folder: Path, journal: Path) -> None:
-        self.folder = folder
-        self.journal = journal
-        self.synced: set[Path] = set()
-        self.worth_keeping = False
+    folder: Path
+    journal: Path
+    synced: set[Path] = field(default_factory=set)
+    worth_keeping: bool = False
 
     def keep_only(self, names: Collection[str]) -> None:
         """Remove all files of the folder except those named, by relative path with `/`."""
