@@ -119,6 +119,7 @@ def test_it_holds_the_package_the_schemas_and_nothing_else(wheel: Path) -> None:
         "vera_convert/rules.toml",
         "vera_convert/targets/architectures.toml",
         "vera_convert/targets/default_targets.toml",
+        "vera_convert/verification/causes.toml",
         "vera_convert/verification/model_files.toml",
         "vera_convert/verification/running.toml",
         "vera_convert/with_torch/config_fields.toml",
