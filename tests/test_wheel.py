@@ -124,6 +124,7 @@ def test_it_holds_the_package_the_schemas_and_nothing_else(wheel: Path) -> None:
         "vera_convert/verification/running.toml",
         "vera_convert/with_torch/config_fields.toml",
         "vera_convert/with_torch/peft_names.toml",
+        "vera_convert/with_torch/verdict.toml",
     }
     assert code == expected
     assert f"vera_convert-{__version__}.dist-info/licenses/LICENSE" in names

@@ -55,7 +55,7 @@ from vera_convert.with_torch.peft_names import FIELDS_OF
 from vera_convert.with_torch.runs import Runs, loaded_by_peft, wrapped_model
 from vera_convert.with_torch.samples import Outputs
 from vera_convert.with_torch.untying import has_tied_head, scales_logits_here
-from vera_convert.with_torch.verdict import LORA, Reference, difference, order_noise, verdict
+from vera_convert.with_torch.verdict import Reference, difference, order_noise, verdict
 
 
 def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) -> ModelComparison:
@@ -274,7 +274,7 @@ def compare_lora(job: ModelJob, tell: Tell) -> ModelComparison:
     with open_lora(job.found) as lora:
         reference = _reference_of_lora(plan, lora, job, runs)
         outputs, failure = _run(lambda: _with_lora(build_model(plan).to(runs.wide), lora), runs)
-        return verdict(plan.name, reference, outputs, failure, words=LORA)
+        return verdict(plan.name, reference, outputs, failure, kind="lora")
 
 
 def _reference_of_lora(plan: Blueprint, lora: ReadLora, job: ModelJob, runs: Runs) -> Reference:
