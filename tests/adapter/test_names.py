@@ -12,7 +12,7 @@ import pytest
 from adapterdefects import LAYER, A, B, renamed
 from adapters import CONFIG, good_adapter, good_tensors
 from bases import tiny_base
-from folders import CONFIG_NAME, everything
+from folders import CONFIG_NAME, bytes_by_name
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -127,7 +127,7 @@ def test_migrate_removes_the_foreign_part(rename: Rename, tmp_path: Path) -> Non
     renamed(rename)(folder)
     done = migrate(folder, tmp_path / "out", to=Mode.ASIS)
     assert done.changes
-    assert everything(tmp_path / "out") == everything(good)
+    assert bytes_by_name(tmp_path / "out") == bytes_by_name(good)
 
 
 def test_a_head_is_renamed_with_the_layers(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_head_is_renamed_with_the_layers(tmp_path: Path) -> None:
         )
     )(folder)
     migrate(folder, tmp_path / "out", to=Mode.ASIS)
-    assert everything(tmp_path / "out") == everything(good)
+    assert bytes_by_name(tmp_path / "out") == bytes_by_name(good)
 
 
 def test_lists_in_the_config_are_corrected_too(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from terms import change_of, term, worked
+from terms import computed_in_blocks, expected_sum, term
 
 from vera_convert.assembly import addends, blocks
 from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum, Term
@@ -45,7 +45,7 @@ def test_rows_that_no_term_changes_keep_their_bits(
     terms = [replace(term(17, 11, seed=n), rows=slice(*part)) for n, part in enumerate(parts)]
     working = working_dtype(stored.dtype)
     tensor = Sum("w", stored.shape, stored.dtype, stored.dtype, working, terms=tuple(terms))
-    found, _ = worked(tensor, stored.copy())
+    found, _ = computed_in_blocks(tensor, stored.copy())
     changed = {row for part in parts for row in range(*part)}
     for row in range(17):
         is_kept = found[row].tobytes() == stored[row].tobytes()
@@ -64,8 +64,8 @@ def test_a_tensor_is_the_rounded_sum_of_itself_and_its_terms(
     stored = np.random.default_rng(9).normal(size=shape).astype(dtype)
     working = working_dtype(stored.dtype)
     tensor = Sum("w", shape, stored.dtype, stored.dtype, working, conv1d, terms)
-    found, _ = worked(tensor, stored)
-    change = change_of(terms, inputs)
+    found, _ = computed_in_blocks(tensor, stored)
+    change = expected_sum(terms, inputs)
     wanted = merged(stored, change.T if conv1d else change)
     assert found.dtype == stored.dtype
     if stored.dtype.itemsize == 2:
@@ -82,24 +82,26 @@ def test_operands_of_any_dtype_are_widened(dtype: Any) -> None:
     terms = (term(6, 7, seed=1, dtype=dtype),)
     stored = np.zeros((6, 7), np.float32)
     working = working_dtype(stored.dtype, *terms[0].dtypes)
-    found, _ = worked(Sum("w", (6, 7), stored.dtype, stored.dtype, working, terms=terms), stored)
-    assert np.allclose(found, change_of(terms, 7), rtol=0, atol=2e-6)
+    found, _ = computed_in_blocks(
+        Sum("w", (6, 7), stored.dtype, stored.dtype, working, terms=terms), stored
+    )
+    assert np.allclose(found, expected_sum(terms, 7), rtol=0, atol=2e-6)
 
 
 def test_a_sum_is_written_in_another_dtype_after_one_rounding() -> None:
     terms = (term(6, 7, seed=1),)
     stored = np.random.default_rng(0).normal(size=(6, 7)).astype(BFLOAT16)
     wide = Sum("w", (6, 7), BFLOAT16, np.dtype("f4"), terms=terms)
-    found, _ = worked(wide, stored)
-    assert np.allclose(found, stored.astype("f8") + change_of(terms, 7), rtol=0, atol=2e-6)
+    found, _ = computed_in_blocks(wide, stored)
+    assert np.allclose(found, stored.astype("f8") + expected_sum(terms, 7), rtol=0, atol=2e-6)
     narrow = Sum("w", (6, 7), np.dtype("f4"), BFLOAT16, terms=terms)
-    rounded, _ = worked(narrow, stored.astype("f4"))
+    rounded, _ = computed_in_blocks(narrow, stored.astype("f4"))
     assert off_by(rounded, found.astype(BFLOAT16)) == 0
 
 
 def test_without_terms_only_the_dtype_changes() -> None:
     stored = np.array([[1 + 2.0**-8, -0.0, np.inf, np.nan]], np.float32)
-    found, numbers = worked(Sum("w", (1, 4), stored.dtype, BFLOAT16), stored)
+    found, numbers = computed_in_blocks(Sum("w", (1, 4), stored.dtype, BFLOAT16), stored)
     assert found.tobytes() == stored.astype(BFLOAT16).tobytes()
     assert numbers == Numbers()
 
@@ -114,9 +116,9 @@ def test_a_decoder_makes_values_of_what_is_stored() -> None:
 
     terms = (term(6, 5, seed=1),)
     tensor = Sum("w", (6, 5), stored.dtype, np.dtype("f4"), terms=terms, decode=decode)
-    found, numbers = worked(tensor, stored, all_rows=True)
+    found, numbers = computed_in_blocks(tensor, stored, all_rows=True)
     base = stored * scales[:, None]
-    assert np.allclose(found, base + change_of(terms, 5), rtol=0, atol=1e-4)
+    assert np.allclose(found, base + expected_sum(terms, 5), rtol=0, atol=1e-4)
     assert numbers.base == pytest.approx(float((base.astype("f8") ** 2).sum()))
 
 
@@ -126,10 +128,10 @@ def test_a_decoder_makes_values_of_what_is_stored() -> None:
 def test_numbers_of_all_rows_are_those_of_the_whole_tensor() -> None:
     terms = (term(40, 30, seed=1, weight=1e-4), term(40, 30, seed=2, weight=1e-4))
     stored = np.random.default_rng(0).normal(size=(40, 30)).astype(BFLOAT16)
-    found, numbers = worked(
+    found, numbers = computed_in_blocks(
         Sum("w", stored.shape, BFLOAT16, BFLOAT16, terms=terms), stored, all_rows=True
     )
-    before, after, change = stored.astype("f8"), found.astype("f8"), change_of(terms, 30)
+    before, after, change = stored.astype("f8"), found.astype("f8"), expected_sum(terms, 30)
     assert numbers.values == stored.size
     assert numbers.changed == np.count_nonzero(before != after)
     assert 0 < numbers.changed < stored.size
@@ -142,7 +144,7 @@ def test_sampled_numbers_come_from_some_rows_of_every_block() -> None:
     terms = (term(640, 4, seed=1),)
     stored = np.zeros((640, 4), np.float32)
     tensor = Sum("w", stored.shape, stored.dtype, stored.dtype, terms=terms)
-    _, numbers = worked(tensor, stored)
+    _, numbers = computed_in_blocks(tensor, stored)
     assert numbers.values == 32 * 4
     assert numbers.changed == numbers.values
 
@@ -150,7 +152,9 @@ def test_sampled_numbers_come_from_some_rows_of_every_block() -> None:
 def test_a_small_tensor_is_looked_at_whole() -> None:
     terms = (term(7, 4, seed=1),)
     stored = np.ones((7, 4), np.float32)
-    _, numbers = worked(Sum("w", (7, 4), stored.dtype, stored.dtype, terms=terms), stored)
+    _, numbers = computed_in_blocks(
+        Sum("w", (7, 4), stored.dtype, stored.dtype, terms=terms), stored
+    )
     assert numbers.values == 28
 
 
@@ -165,7 +169,7 @@ def test_the_first_value_that_is_not_finite_is_named(dtype: Any, value: float) -
     working = working_dtype(stored.dtype)
     tensor = Sum("w", (40, 4), stored.dtype, stored.dtype, working, terms=(term(40, 4, seed=1),))
     with pytest.raises(NotFiniteError) as caught:
-        worked(tensor, stored)
+        computed_in_blocks(tensor, stored)
     assert caught.value.index == (27, 3)
 
 
@@ -175,20 +179,20 @@ def test_every_nan_and_infinity_of_bfloat16_is_found(bits: int) -> None:
     stored[0, 2] = bits
     tensor = Sum("w", (1, 4), BFLOAT16, BFLOAT16, terms=(term(1, 4, seed=1),))
     with pytest.raises(NotFiniteError):
-        worked(tensor, stored.view(BFLOAT16))
+        computed_in_blocks(tensor, stored.view(BFLOAT16))
 
 
 def test_a_sum_beyond_the_dtype_is_found() -> None:
     stored = np.full((2, 3), 65504, np.float16)
     tensor = Sum("w", (2, 3), stored.dtype, stored.dtype, terms=(term(2, 3, seed=1, weight=1e3),))
     with pytest.raises(NotFiniteError):
-        worked(tensor, stored)
+        computed_in_blocks(tensor, stored)
 
 
 def test_a_finite_value_that_is_lost_in_a_narrower_dtype_is_found() -> None:
     stored = np.array([[1.0, np.inf], [1e6, 1.0]], np.float32)
     with pytest.raises(NotFiniteError) as caught:
-        worked(Sum("w", (2, 2), stored.dtype, np.dtype("f2")), stored)
+        computed_in_blocks(Sum("w", (2, 2), stored.dtype, np.dtype("f2")), stored)
     assert caught.value.index == (1, 0)
 
 
@@ -222,5 +226,5 @@ def test_a_workspace_has_room_for_the_largest_of_several_tensors(
         stored = np.random.default_rng(0).normal(size=tensor.shape).astype(BFLOAT16)
         workspace.stored_bytes(tensor, 0, rows)[:] = stored.tobytes()
         workspace.add(tensor, 0, rows)
-        alone, _ = worked(tensor, stored)
+        alone, _ = computed_in_blocks(tensor, stored)
         assert bytes(workspace.written_bytes(tensor, 0, rows)) == alone.tobytes()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from terms import term, worked
+from terms import computed_in_blocks, term
 
 from vera_convert.assembly import addends, writer
 from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum
@@ -88,7 +88,7 @@ def test_pieces_come_where_they_belong(
     source: InputFile, stored: NDArray[Any], tmp_path: Path
 ) -> None:
     found, results = assembled(source, tmp_path / "out")
-    wanted, numbers = worked(summed(), stored)
+    wanted, numbers = computed_in_blocks(summed(), stored)
     expected = b"head" + b"x" * 500 + wanted.tobytes() + b"x" * 999
     assert found["folder/weights"] == expected + stored.astype("f2").tobytes()
     assert found["config.json"] == b"{}"

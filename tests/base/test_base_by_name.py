@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from adapters import good_adapter
 from commandline import Run
-from folders import everything
+from folders import bytes_by_name
 from hub_server import HubServer
 from merges import filled_base, tensors_of
 
@@ -53,7 +53,7 @@ def test_a_folder_here_is_the_base_where_the_hub_has_none_and_that_is_said(
     assert named.status == 0
     assert "V557" not in named.err
     if "out" in command:
-        written = everything(Path("out")), everything(Path("named"))
+        written = bytes_by_name(Path("out")), bytes_by_name(Path("named"))
         for files in written:
             files.pop("merge-provenance.json", None)
         assert written[0] == written[1]
@@ -77,7 +77,7 @@ def test_validate_says_no_word_of_a_base_that_it_was_not_given(run: Run) -> None
 def test_a_model_here_and_on_the_hub_is_asked_about_only_where_it_is_needed(
     command: tuple[str, ...], status: int, here: Path, server: HubServer, run: Run
 ) -> None:
-    server.add("models/llama", everything(here / "models" / "llama"))
+    server.add("models/llama", bytes_by_name(here / "models" / "llama"))
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(here)
         ended = run(*command)
@@ -94,7 +94,7 @@ def test_a_folder_here_that_is_no_model_does_not_hide_the_repo(
     server: HubServer, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    server.add("models/llama", everything(filled_base(tmp_path / "base")))
+    server.add("models/llama", bytes_by_name(filled_base(tmp_path / "base")))
     (tmp_path / "models" / "llama" / "checkpoint-1").mkdir(parents=True)
     good_adapter(tmp_path / "adapter", base_model_name_or_path="models/llama")
     assert run("merge", "adapter", "out", "--cache-dir", tmp_path / "cache").status == 0
@@ -128,7 +128,7 @@ def test_each_adapter_of_a_tree_gets_its_own_base(here: Path, run: Run) -> None:
     assert widths == {"a": (4, 24), "b": (4, 16)}
     options = BaseOptions(places={"/data/wide": "wide"})  # type: ignore[arg-type] # a mapping will do
     migrate_tree(here / "tree", here / "again", to="embedded", base=options)
-    assert everything(here / "again") == everything(here / "out")
+    assert bytes_by_name(here / "again") == bytes_by_name(here / "out")
 
 
 @pytest.mark.parametrize("said", ["x", "=x", "x="])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from adapters import good_adapter
 from bases import TENSORS
-from folders import everything
+from folders import bytes_by_name
 from safetensors.numpy import load_file, save_file
 
 from vera_convert.conversion.strip_embed import embed, strip
@@ -161,7 +161,7 @@ def test_another_component_that_cannot_be_read_is_carried(tmp_path: Path) -> Non
     base = pipeline(tmp_path / "base", {"transformer": TENSORS, "vae": OTHER})
     (base / "vae" / WEIGHTS).write_bytes(b"any bytes")
     assert merged_component(adapter, base, tmp_path / "out") == ["transformer"]
-    assert everything(tmp_path / "out")[f"vae/{WEIGHTS}"] == b"any bytes"
+    assert bytes_by_name(tmp_path / "out")[f"vae/{WEIGHTS}"] == b"any bytes"
 
 
 def test_adapters_of_two_components_are_merged_one_by_one(tmp_path: Path) -> None:

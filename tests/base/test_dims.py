@@ -12,7 +12,7 @@ import pytest
 from adapterdefects import A, B, drawn
 from adapters import KEY, RANK, good_adapter
 from bases import TENSORS, tiny_base
-from folders import everything, refusal, weights
+from folders import bytes_by_name, refusal, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -71,7 +71,7 @@ def test_layers_that_only_the_base_has_change_no_byte_of_the_result(
         migrate(folder, out / "asis", to=Mode.ASIS, base=base)
         if stripped:
             regenerate_for(folder, out / "pair.safetensors", base=base)
-    assert everything(tmp_path / "of-plain") == everything(tmp_path / "of-wider")
+    assert bytes_by_name(tmp_path / "of-plain") == bytes_by_name(tmp_path / "of-wider")
     merged = []
     for base in (plain, wider):
         merge(folder, tmp_path / f"merged-{base.name}", base=base)
@@ -122,7 +122,7 @@ def test_a_tensor_of_any_name_changes_no_byte(
     )
     embed(adapter, folder / "expected", base=plain)
     done = embed(adapter, folder / "found", base=more)
-    assert everything(folder / "expected") == everything(folder / "found")
+    assert bytes_by_name(folder / "expected") == bytes_by_name(folder / "found")
     assert {f.code for f in done.findings} <= {"V410", "V411"}
 
 

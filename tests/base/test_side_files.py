@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import everything, refusal
+from folders import bytes_by_name, refusal
 from hub_server import HubServer
 from merges import INDEX, filled_base, merged_with, tensors_of
 
@@ -60,7 +60,7 @@ def beside(folder: Path, files: dict[str, bytes]) -> None:
 def test_side_files_are_carried_byte_for_byte(tmp_path: Path, adapter: Path, base: Path) -> None:
     beside(base, BESIDE | {".hidden": b"", "README.md": b"the base's own card"})
     done = merged_with(adapter, base, tmp_path / "out")
-    found = everything(tmp_path / "out")
+    found = bytes_by_name(tmp_path / "out")
     assert {name: found[name] for name in BESIDE} == BESIDE
     assert found["config.json"] == (base / "config.json").read_bytes()
     own = {"config.json", "model.safetensors", "README.md", "merge-provenance.json"}
@@ -74,7 +74,7 @@ def test_other_forms_of_the_weights_are_never_copied(
 ) -> None:
     beside(base, dict.fromkeys(OTHERS, b"x") | {"extra-00001-of-00002.safetensors": b"x"})
     done = merged_with(adapter, base, tmp_path / "out")
-    found = everything(tmp_path / "out")
+    found = bytes_by_name(tmp_path / "out")
     own = {"config.json", "model.safetensors", "README.md", "merge-provenance.json"}
     assert found.keys() == own
     codes = [finding.code for finding in done.findings]
@@ -105,7 +105,7 @@ def test_parts_with_weights_of_their_own_are_carried(
     }
     beside(base, dense)
     done = merged_with(adapter, base, tmp_path / "out")
-    assert dense.items() <= everything(tmp_path / "out").items()
+    assert dense.items() <= bytes_by_name(tmp_path / "out").items()
     assert not done.findings
     assert "library_name: sentence-transformers" in (tmp_path / "out/README.md").read_text()
 
@@ -117,7 +117,7 @@ def test_the_adapter_s_own_tokenizer_is_taken_as_a_set(
     own = {"tokenizer.json": b'{"added_tokens": [{"id": 31}]}', "special_tokens_map.json": b"{}"}
     beside(adapter, own | {"notes.txt": b"not taken"})
     done = merged_with(adapter, base, tmp_path / "out")
-    found = everything(tmp_path / "out")
+    found = bytes_by_name(tmp_path / "out")
     assert own.items() <= found.items()
     assert found["keep.txt"] == b"base"
     assert not {"vocab.txt", "tokenizer_config.json", "notes.txt"} & found.keys()
@@ -161,7 +161,7 @@ def test_what_decides_the_use_of_the_model_is_taken_from_the_adapter(
     own = {"generation_config.json": b"own", "processor_config.json": b"own"}
     beside(adapter, own | {"notes.txt": b"not taken", "code.py": b"not taken"})
     done = merged_with(adapter, base, tmp_path / "out")
-    found = everything(tmp_path / "out")
+    found = bytes_by_name(tmp_path / "out")
     assert own.items() <= found.items()
     assert found["preprocessor_config.json"] == b"base"
     assert not {"notes.txt", "code.py"} & found.keys()
@@ -196,7 +196,7 @@ def test_the_modules_of_sentence_transformers_are_taken_from_the_adapter(
     }
     beside(adapter, own)
     done = merged_with(adapter, base, tmp_path / "out")
-    found = everything(tmp_path / "out")
+    found = bytes_by_name(tmp_path / "out")
     assert own.items() <= found.items()
     assert found["1_Pooling/config.json"] == b"base"
     assert "2_Dense/pytorch_model.bin" not in found, "a module is replaced as a whole"
@@ -241,7 +241,7 @@ def test_a_malformed_list_of_modules_names_no_module(
     lists = {"modules.json": listed.encode(), "router_config.json": listed.encode()}
     beside(adapter, {**lists, "1_Pooling/config.json": b"own"})
     merged_with(adapter, base, tmp_path / "out")
-    assert everything(tmp_path / "out")["1_Pooling/config.json"] == b"own"
+    assert bytes_by_name(tmp_path / "out")["1_Pooling/config.json"] == b"own"
 
 
 def test_an_adapter_that_is_a_module_of_a_repo_is_warned_about(
@@ -281,7 +281,7 @@ def test_nothing_of_a_training_run_or_a_download_is_published(
     beside(base, strange)
     beside(adapter, strange)
     done = merged_with(adapter, base, tmp_path / "out")
-    assert not strange.keys() & everything(tmp_path / "out").keys()
+    assert not strange.keys() & bytes_by_name(tmp_path / "out").keys()
     assert sorted(done.sides.unneeded) == sorted(strange)
     assert sorted(done.beside.left_out) == sorted(strange)
     assert not done.findings

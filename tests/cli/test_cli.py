@@ -24,7 +24,7 @@ from adapters import KEY, good_adapter
 from bases import tiny_base
 from commandline import COMMANDS as ALL_COMMANDS
 from commandline import Run
-from folders import DATA, WEIGHTS, everything, weights
+from folders import DATA, WEIGHTS, bytes_by_name, weights
 from merges import filled_base
 from safetensors.numpy import load_file
 
@@ -134,7 +134,7 @@ def test_strip_and_embed(run: Run, adapter: Path, base: Path, tmp_path: Path) ->
     assert ended.out.startswith(f"wrote    {tmp_path / 'stripped'} (stripped)\n")
     ended = run("embed", tmp_path / "stripped", tmp_path / "embedded")
     assert (ended.status, ended.err) == (0, "")
-    assert everything(tmp_path / "embedded") == everything(adapter)
+    assert bytes_by_name(tmp_path / "embedded") == bytes_by_name(adapter)
     again = run("strip", tmp_path / "stripped", tmp_path / "copy")
     assert "is stripped already, and was copied" in again.out
     again = run("embed", adapter, tmp_path / "copy2")
@@ -152,7 +152,7 @@ def test_strip_asks_before_it_changes_anything(
     assert done.status == 0
     assert "accepted: " in done.out
     assert run("embed", tmp_path / "out", tmp_path / "back").status == 0
-    assert everything(tmp_path / "back") == everything(adapter)
+    assert bytes_by_name(tmp_path / "back") == bytes_by_name(adapter)
 
 
 def test_embed_with_options_alone(run: Run, adapter: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_embed_with_options_alone(run: Run, adapter: Path, tmp_path: Path) -> No
 
 
 def test_migrate(run: Run, adapter: Path, tmp_path: Path) -> None:
-    good = everything(adapter)
+    good = bytes_by_name(adapter)
     renamed(lambda name: f"_orig_mod.{name}")(adapter)
     refused = run("info", adapter)
     assert refused.status == 1
@@ -180,7 +180,7 @@ def test_migrate(run: Run, adapter: Path, tmp_path: Path) -> None:
     done = run("migrate", adapter, tmp_path / "out", "--to", "asis")
     assert (done.status, done.err) == (0, "")
     assert "removed _orig_mod from names (10 tensors)" in done.out
-    assert everything(tmp_path / "out") == good
+    assert bytes_by_name(tmp_path / "out") == good
     old = run("migrate", tmp_path / "out", tmp_path / "old", "--to=asis", "--peft-version=0.13.2")
     assert "peft_version" in old.out
 
@@ -404,7 +404,7 @@ def test_a_failure_has_its_status_one_line_and_no_output(
     )
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine", encoding="utf-8")
-    before = everything(tmp_path)
+    before = bytes_by_name(tmp_path)
     places = {
         name: str(tmp_path / name.lower())
         for name in ("GOOD", "STRIPPED", "BAD", "FOREIGN", "TAKEN", "GONE", "OUT")
@@ -425,7 +425,7 @@ def test_a_failure_has_its_status_one_line_and_no_output(
         assert ended.document["error"] in ended.err
     else:
         assert ended.out == ""
-    assert everything(tmp_path) == before
+    assert bytes_by_name(tmp_path) == before
     assert not (tmp_path / "out").exists()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from adapters import good_adapter
 from commandline import Run
-from folders import everything
+from folders import bytes_by_name
 from heads import TIED, on_the_head
 from merges import filled_base, merged_with, tensors_of
 from wrongmerges import PROVENANCE, Q, edit
@@ -58,13 +58,13 @@ def test_help_lists_the_options_of_the_contract(run: Run) -> None:
 
 
 def test_a_merge_that_holds(run: Run, adapter: Path, base: Path, model: Path) -> None:
-    before = everything(model.parent)
+    before = bytes_by_name(model.parent)
     ended = run(adapter, "--merged", model, "--base", base, "--layers-only")
     assert (ended.status, ended.err) == (0, "")
     assert re.search(r"^with a delta +4 of 4 tensors verified", ended.out, re.MULTILINE)
     assert re.search(r"^same as base +13 of 13 tensors verified$", ended.out, re.MULTILINE)
     assert ended.out.endswith("verified\n")
-    assert everything(model.parent) == before
+    assert bytes_by_name(model.parent) == before
     quiet = run(adapter, "--merged", model, "--base", base, "--layers-only", "--quiet")
     assert quiet == (0, "", "")
 

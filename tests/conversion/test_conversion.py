@@ -9,7 +9,7 @@ import pytest
 from adapterdefects import bare, fields, stripped
 from adapters import RANK
 from bases import tiny_base
-from folders import WEIGHTS, codes, everything
+from folders import WEIGHTS, bytes_by_name, codes
 from hub_server import HubServer
 
 from vera_convert.base.facts import BaseOptions
@@ -26,7 +26,7 @@ LARGE = 8_000_000
 def hub(server: HubServer, tmp_path: Path) -> HubServer:
     """A Hub with the base of the good adapter, which is large."""
     base = tiny_base(tmp_path / "base", tensors={"model.embed_tokens.weight": (LARGE // 64, 16)})
-    server.add("example/tiny-llama", everything(base))
+    server.add("example/tiny-llama", bytes_by_name(base))
     return server
 
 
@@ -56,7 +56,7 @@ def test_an_adapter_on_the_hub_is_converted_like_any_other(
 ) -> None:
     (adapter / "README.md").write_text("card")
     (adapter / "optimizer.pt").write_bytes(b"state")
-    commit = hub.add("org/name", {f"vera/{k}": v for k, v in everything(adapter).items()})
+    commit = hub.add("org/name", {f"vera/{k}": v for k, v in bytes_by_name(adapter).items()})
     done = strip("org/name@main/vera", tmp_path / "stripped", access=access)
     assert done.adapter == f"org/name@{commit}/vera"
     assert done.side_files.copied == ("README.md",)
@@ -99,7 +99,7 @@ def test_a_base_that_cannot_be_had_is_done_without_where_that_can_be(
 def test_a_base_of_the_config_that_does_not_fit_is_done_without_too(
     hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
 ) -> None:
-    hub.add("example/tiny-llama", everything(tiny_base(tmp_path / "other", dtype="int8")))
+    hub.add("example/tiny-llama", bytes_by_name(tiny_base(tmp_path / "other", dtype="int8")))
     quantized = strip(adapter, tmp_path / "a", access=access)
     assert codes(quantized) == {"V404", "V415"}
     hub.add("example/tiny-llama", {"config.json": b"{}", "model.gguf": b"GGUF"})
@@ -107,7 +107,7 @@ def test_a_base_of_the_config_that_does_not_fit_is_done_without_too(
     assert codes(without) == {"V404"}
     assert "V503" in without.findings[0].reason
     fields({"target_modules": "("})(adapter)  # this is the adapter's own fault
-    hub.add("example/tiny-llama", everything(tmp_path / "base"))
+    hub.add("example/tiny-llama", bytes_by_name(tmp_path / "base"))
     with pytest.raises(Exception, match="V130"):
         strip(adapter, tmp_path / "c", access=access)
 
@@ -115,14 +115,14 @@ def test_a_base_of_the_config_that_does_not_fit_is_done_without_too(
 def test_the_revisions_of_adapter_and_base_are_kept_apart(
     hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
 ) -> None:
-    base = everything(tmp_path / "base")
+    base = bytes_by_name(tmp_path / "base")
     fields({"revision": "recorded"})(adapter)
     bases = {
         ref: hub.add("example/tiny-llama", {**base, "README.md": ref.encode()}, ref=ref)
         for ref in ("main", "recorded", "given")
     }
     commits = {
-        ref: hub.add("org/name", {**everything(adapter), "README.md": ref.encode()}, ref=ref)
+        ref: hub.add("org/name", {**bytes_by_name(adapter), "README.md": ref.encode()}, ref=ref)
         for ref in ("main", "mine")
     }
     by_config = strip("org/name", tmp_path / "a", revision="mine", access=access)
@@ -140,7 +140,7 @@ def test_info_fetches_config_and_weights_alone(
     hub: HubServer, access: HubAccess, adapter: Path
 ) -> None:
     (adapter / "tokenizer.json").write_bytes(bytes(1000))
-    hub.add("example/adapter", everything(adapter))
+    hub.add("example/adapter", bytes_by_name(adapter))
     found = info("example/adapter", access=access)
     assert found.config.r == RANK
     asked = [path for path in hub.paths("GET") if "example/adapter/resolve" in path]

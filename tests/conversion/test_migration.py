@@ -17,7 +17,7 @@ from adapters import KEY, RANK, good_adapter
 from bases import tiny_base
 from commandline import Run
 from defects import DEFECTS, Spoiler, edit_config
-from folders import CONFIG_NAME, DATA, WEIGHTS, everything, metadata, refusal, weights
+from folders import CONFIG_NAME, DATA, WEIGHTS, bytes_by_name, metadata, refusal, weights
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -119,11 +119,11 @@ def test_a_damaged_form_is_mended_and_said(spoil: Spoiler, said: str, tmp_path: 
     good = good_adapter(tmp_path / "good")
     folder = good_adapter(tmp_path / "adapter")
     spoil(folder)
-    before = everything(folder)
+    before = bytes_by_name(folder)
     done = migrate(folder, tmp_path / "out", to=Mode.ASIS)
     assert any(said in change for change in done.changes)
-    assert everything(tmp_path / "out") == everything(good)
-    assert everything(folder) == before
+    assert bytes_by_name(tmp_path / "out") == bytes_by_name(good)
+    assert bytes_by_name(folder) == before
 
 
 @pytest.mark.parametrize("spoil", [spoil for spoil, _ in DAMAGED.values()], ids=DAMAGED)
@@ -135,7 +135,7 @@ def test_a_second_migration_changes_nothing(spoil: Spoiler, mode: Mode, tmp_path
     assert first.changes
     second = migrate(tmp_path / "once", tmp_path / "twice", to=mode, peft_version=(0, 13))
     assert second.changes == ()
-    assert everything(tmp_path / "twice") == everything(tmp_path / "once")
+    assert bytes_by_name(tmp_path / "twice") == bytes_by_name(tmp_path / "once")
 
 
 def test_lambdas_keep_their_bytes_and_types(tmp_path: Path) -> None:
@@ -235,17 +235,17 @@ def test_a_mixture_of_two_layouts_fits_no_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", Mode)
 def test_every_mode_is_reached_from_every_other(start: str, mode: Mode, tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
-    whole = everything(folder)
+    whole = bytes_by_name(folder)
     if start == "stripped":
         stripped(folder)
-    bare = everything(folder)
+    bare = bytes_by_name(folder)
     base = BaseOptions(str(tiny_base(tmp_path / "base")))
     done = migrate(folder, tmp_path / "out", to=mode, base=base)
     assert done.embedded is (mode is Mode.EMBEDDED or (mode is Mode.ASIS and start == "embedded"))
     if mode is Mode.EMBEDDED:
-        assert everything(tmp_path / "out") == whole
+        assert bytes_by_name(tmp_path / "out") == whole
     elif mode is Mode.ASIS:
-        assert everything(tmp_path / "out") == bare
+        assert bytes_by_name(tmp_path / "out") == bare
     else:
         assert weights(tmp_path / "out").keys() == whole_names(whole) - {A, B}
     assert done.findings == ()
@@ -267,7 +267,7 @@ def test_an_old_adapter_of_peft_goes_both_ways(case: str, base: str, tmp_path: P
     )
     migrate(folder, tmp_path / "a", to=Mode.STRIPPED, base=options)
     migrate(tmp_path / "a", tmp_path / "b", to=Mode.EMBEDDED, base=options)
-    assert everything(tmp_path / "b") == everything(folder)
+    assert bytes_by_name(tmp_path / "b") == bytes_by_name(folder)
 
 
 LARGER = drawn(width=24, height=20)
@@ -285,7 +285,7 @@ def test_larger_projections_are_cut_to_the_base(mode: Mode, tmp_path: Path) -> N
     assert np.array_equal(weights(tmp_path / "out")[B], stored[B][:16])
     again = migrate(tmp_path / "out", tmp_path / "again", to=mode, base=base)
     assert again.changes == ()
-    assert everything(tmp_path / "again") == everything(tmp_path / "out")
+    assert bytes_by_name(tmp_path / "again") == bytes_by_name(tmp_path / "out")
 
 
 def test_larger_projections_are_left_where_no_base_tells(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_what_was_cut_is_not_stripped_unless_that_is_accepted(tmp_path: Path) ->
     assert [change.split()[0] for change in done.changes] == ["cut", "dropped", "accepted:"]
     migrate(tmp_path / "a", tmp_path / "b", to=Mode.EMBEDDED)
     migrate(folder, tmp_path / "c", to=Mode.EMBEDDED, base=base)
-    assert everything(tmp_path / "b") == everything(tmp_path / "c")
+    assert bytes_by_name(tmp_path / "b") == bytes_by_name(tmp_path / "c")
 
 
 def test_smaller_projections_are_not_cut_but_told(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def write_tree(tree: Path) -> Path:
 
 def test_the_good_ones_of_a_tree_are_migrated_and_the_bad_ones_told(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree")
-    before = everything(tree)
+    before = bytes_by_name(tree)
     result = migrate_tree(tree, tmp_path / "out", to=Mode.STRIPPED)
     assert [*result.done] == [
         "run/checkpoint-100",
@@ -405,7 +405,7 @@ def test_the_good_ones_of_a_tree_are_migrated_and_the_bad_ones_told(tmp_path: Pa
         "run/checkpoint-400": 1,
         "run/checkpoint-500": 1,
     }
-    written = everything(tmp_path / "out")
+    written = bytes_by_name(tmp_path / "out")
     assert {str(Path(name).parent) for name in written} == {*result.done}
     assert written["run/checkpoint-100/README.md"] == b"carried"
     assert "run/checkpoint-100/optimizer.pt" not in written
@@ -413,7 +413,7 @@ def test_the_good_ones_of_a_tree_are_migrated_and_the_bad_ones_told(tmp_path: Pa
     for name in result.done:
         with open_adapter(tmp_path / "out" / name) as adapter:
             assert adapter.projections is None
-    assert everything(tree) == before
+    assert bytes_by_name(tree) == before
 
 
 def test_a_tree_is_done_twice_without_a_change(tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def test_a_tree_is_done_twice_without_a_change(tmp_path: Path) -> None:
     migrate_tree(tree, tmp_path / "once", to=Mode.STRIPPED)
     result = migrate_tree(tmp_path / "once", tmp_path / "twice", to=Mode.STRIPPED)
     assert all(done.changes == () for done in result.done.values())
-    assert everything(tmp_path / "twice") == everything(tmp_path / "once")
+    assert bytes_by_name(tmp_path / "twice") == bytes_by_name(tmp_path / "once")
 
 
 @pytest.mark.parametrize("bad", [".", "one", "one/nested"])
@@ -438,8 +438,10 @@ def test_adapters_inside_of_adapters_are_each_their_own(bad: str, tmp_path: Path
     result = migrate_tree(tree, tmp_path / "out", to=Mode.ASIS)
     assert [*result.failed] == [bad]
     assert [*result.done] == [name for name in names if name != bad]
-    kept = {name: data for name, data in everything(tree).items() if str(Path(name).parent) != bad}
-    assert everything(tmp_path / "out") == kept
+    kept = {
+        name: data for name, data in bytes_by_name(tree).items() if str(Path(name).parent) != bad
+    }
+    assert bytes_by_name(tmp_path / "out") == kept
 
 
 def test_nothing_good_leaves_nothing(tmp_path: Path) -> None:
@@ -474,7 +476,7 @@ def test_links_are_not_followed_out_of_the_tree_nor_in_circles(tmp_path: Path) -
     assert [*result.done] == ["one"]
     assert result.done["one"].side_files.outside == ("gone", "round", "secret", "self")
     assert [*result.failed] == ["two"]
-    assert sorted(everything(tmp_path / "out")) == [f"one/{CONFIG_NAME}", f"one/{WEIGHTS}"]
+    assert sorted(bytes_by_name(tmp_path / "out")) == [f"one/{CONFIG_NAME}", f"one/{WEIGHTS}"]
 
 
 def test_hidden_folders_are_passed_over(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from adapterdefects import A, B, all_of, drawn, fields, tensors
 from adapters import CONFIG, KEY, good_adapter
 from bases import tiny_base
 from draws import STORED, as_peft_stored
-from folders import CONFIG_NAME, WEIGHTS, codes, everything, refusal, weights
+from folders import CONFIG_NAME, WEIGHTS, bytes_by_name, codes, refusal, weights
 from safetensors.numpy import load_file
 
 from vera_convert.base.facts import BaseOptions
@@ -146,7 +146,7 @@ def test_what_was_accepted_comes_back_even_though_the_base_would_have_it_otherwi
     strip(folder, tmp_path / "stripped", base=options, accept_change=True)
     for number, each in enumerate((None, options, BaseOptions(dtype="bfloat16"))):
         embed(tmp_path / "stripped", tmp_path / f"back{number}", base=each)
-        assert everything(tmp_path / f"back{number}") == everything(folder)
+        assert bytes_by_name(tmp_path / f"back{number}") == bytes_by_name(folder)
 
 
 def test_a_generator_that_contradicts_the_fingerprint_is_refused(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from folders import (
     DATA,
     WEIGHTS,
     base_of,
+    bytes_by_name,
     codes,
-    everything,
     metadata,
     refusal,
     weights,
@@ -90,7 +90,7 @@ def test_the_projections_are_those_that_peft_had_in_effect(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", EMBEDDED, ids=case_name)
 def test_strip_and_embed_give_the_very_bytes_back(folder: Path, tmp_path: Path) -> None:
-    before = everything(folder)
+    before = bytes_by_name(folder)
     done = strip(folder, tmp_path / "stripped", base=base_of(folder))
     assert not done.embedded
     assert done.findings == ()
@@ -103,8 +103,8 @@ def test_strip_and_embed_give_the_very_bytes_back(folder: Path, tmp_path: Path) 
     back = embed(tmp_path / "stripped", tmp_path / "embedded")
     assert "proven" in back.changes[0]
     assert back.findings == ()
-    assert everything(tmp_path / "embedded") == before
-    assert everything(folder) == before
+    assert bytes_by_name(tmp_path / "embedded") == before
+    assert bytes_by_name(folder) == before
 
 
 @pytest.mark.parametrize("folder", STRIPPED, ids=case_name)
@@ -113,7 +113,7 @@ def test_a_stripped_adapter_is_copied_and_embedded_for_its_base(
 ) -> None:
     done = strip(folder, tmp_path / "stripped")
     assert done.changes == ()
-    assert everything(tmp_path / "stripped") == everything(folder)
+    assert bytes_by_name(tmp_path / "stripped") == bytes_by_name(folder)
     back = embed(folder, tmp_path / "embedded", base=base_of(folder))
     assert codes(back) == {"V410"}
     stored = weights(tmp_path / "embedded")
@@ -135,7 +135,7 @@ def test_foreign_projections_are_never_stripped(
     assert refusal(act) == "V401"
     assert not out.exists()
     assert embed(folder, out).changes == ()
-    assert everything(out) == everything(folder)
+    assert bytes_by_name(out) == bytes_by_name(folder)
 
 
 def test_the_trained_adapter_comes_back_from_its_own_model(
@@ -146,7 +146,7 @@ def test_the_trained_adapter_comes_back_from_its_own_model(
     assert done.findings == ()
     assert done.bytes_after * 8 < done.bytes_before
     embed(tmp_path / "stripped", tmp_path / "embedded", base=base)
-    assert everything(tmp_path / "embedded") == everything(source)
+    assert bytes_by_name(tmp_path / "embedded") == bytes_by_name(source)
     embed(minilm / "save_projection_false", tmp_path / "drawn", base=base)
     assert (tmp_path / "drawn" / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()
 
@@ -195,7 +195,7 @@ def test_every_draw_on_every_base_comes_back(
     assert any(change.startswith("accepted") for change in done.changes) is not same
     assert codes(done) <= {"V207", "V404", "V415"}
     embed(tmp_path / "stripped", tmp_path / "embedded")
-    assert everything(tmp_path / "embedded") == everything(folder)
+    assert bytes_by_name(tmp_path / "embedded") == bytes_by_name(folder)
 
 
 @pytest.mark.parametrize("base", ["float32", "bfloat16", "float16", "float16+bfloat16"])
@@ -221,7 +221,7 @@ def test_what_a_base_rounds_otherwise_is_refused_with_the_difference(
     assert not (tmp_path / "stripped").exists()
     strip(folder, tmp_path / "stripped", base=options, accept_change=True)
     embed(tmp_path / "stripped", tmp_path / "embedded", base=options)
-    assert everything(tmp_path / "embedded") == everything(folder)
+    assert bytes_by_name(tmp_path / "embedded") == bytes_by_name(folder)
 
 
 @pytest.mark.parametrize(("option", "base"), [("float32", "bfloat16"), ("bfloat16", "float32")])
@@ -245,7 +245,7 @@ def test_a_wider_draw_that_was_cut_comes_back_cut(tmp_path: Path) -> None:
     recorded = from_text(metadata(tmp_path / "stripped")[METADATA_KEY], place="weights")
     assert (recorded.in_features, recorded.drawn_in_features) == (16, 24)
     embed(tmp_path / "stripped", tmp_path / "embedded")
-    assert everything(tmp_path / "embedded") == everything(folder)
+    assert bytes_by_name(tmp_path / "embedded") == bytes_by_name(folder)
 
 
 @pytest.mark.parametrize("name", [A, B])
@@ -277,7 +277,7 @@ def test_a_negative_key_comes_back(tmp_path: Path) -> None:
     drawn(key=-1)(folder)
     strip(folder, tmp_path / "stripped", base=BaseOptions(str(tiny_base(tmp_path / "base"))))
     embed(tmp_path / "stripped", tmp_path / "embedded")
-    assert everything(tmp_path / "embedded") == everything(folder)
+    assert bytes_by_name(tmp_path / "embedded") == bytes_by_name(folder)
 
 
 # --- what passes through -------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_a_file_without_metadata_comes_back_without(tmp_path: Path) -> None:
     save_file(weights(folder), folder / WEIGHTS)
     strip(folder, tmp_path / "stripped")
     embed(tmp_path / "stripped", tmp_path / "embedded")
-    assert everything(tmp_path / "embedded") == everything(folder)
+    assert bytes_by_name(tmp_path / "embedded") == bytes_by_name(folder)
 
 
 def test_the_fingerprint_records_what_was_dropped(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", metadata={"format": "pt", "b": "1", "a": "2"})
     for number in range(2):
         strip(folder, tmp_path / f"out{number}")
-    assert everything(tmp_path / "out0") == everything(tmp_path / "out1")
+    assert bytes_by_name(tmp_path / "out0") == bytes_by_name(tmp_path / "out1")
 
 
 def test_a_config_without_the_flag_gets_it(tmp_path: Path) -> None:

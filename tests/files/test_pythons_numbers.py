@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from adapters import good_adapter
 from commandline import Run
-from folders import everything, weights
-from merges import assert_same, filled_base, merged_with, tensors_of, wanted
+from folders import bytes_by_name, weights
+from merges import assert_same, expected_tensors, filled_base, merged_with, tensors_of
 
 from vera_convert.base.model import parse_config_file
 
@@ -32,7 +32,7 @@ def test_a_base_with_such_a_number_is_merged_and_its_config_is_copied(
     text = with_number(base / "config.json", number)
     result = merged_with(adapter, base, tmp_path / "out")
     assert (tmp_path / "out/config.json").read_bytes() == text
-    assert_same(tensors_of(tmp_path / "out"), wanted({adapter: 1.0}, base))
+    assert_same(tensors_of(tmp_path / "out"), expected_tensors({adapter: 1.0}, base))
     assert [finding.code for finding in result.findings if finding.severity == "error"] == []
     ended = run(*("verify", adapter, "--base", base, "--merged", tmp_path / "out", "--layers-only"))
     assert ended.status == 0, ended.err
@@ -98,7 +98,7 @@ def test_an_adapters_config_may_hold_what_peft_loads(
     merged_with(adapter, base, tmp_path / "out")
     merged_with(plain, base, tmp_path / "wanted")
     name = "model.safetensors"
-    assert everything(tmp_path / "out")[name] == everything(tmp_path / "wanted")[name]
+    assert bytes_by_name(tmp_path / "out")[name] == bytes_by_name(tmp_path / "wanted")[name]
 
 
 @pytest.mark.parametrize("text", ['"Infinite"', "[1]", '"Infinity", "b": 1', '"nan"'])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from adapters import RANK, good_adapter, good_tensors
 from bases import tiny_base
-from folders import everything
+from folders import bytes_by_name
 from hub_server import HubServer
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -51,7 +51,7 @@ def test_mlx_has_the_same_factors_transposed(tmp_path: Path) -> None:
     adapter, base = good_adapter(tmp_path / "adapter"), tiny_base(tmp_path / "base")
     converted(adapter, base, tmp_path / "peft")
     converted(adapter, base, tmp_path / "mlx", engine="mlx")
-    assert {*everything(tmp_path / "mlx")} == {
+    assert {*bytes_by_name(tmp_path / "mlx")} == {
         "README.md",
         "adapter_config.json",
         "adapters.safetensors",
@@ -148,7 +148,7 @@ def test_diffusers_finds_the_layers_under_the_component(
     adapter = good_adapter(tmp_path / "adapter", task_type=None)
     converted(adapter, component(tmp_path / "c", kind), tmp_path / "out", engine="diffusers")
     path = tmp_path / "out" / "pytorch_lora_weights.safetensors"
-    assert {*everything(tmp_path / "out")} == {"README.md", path.name}
+    assert {*bytes_by_name(tmp_path / "out")} == {"README.md", path.name}
     assert f"{name}.{Q}.lora_A.weight" in load_file(path)
     with safe_open(path, "np") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
@@ -191,7 +191,7 @@ def test_the_class_of_the_pipeline_says_whether_clip_is_adapted(
     tiny_base(tmp_path / "pipe" / "text_encoder_2", config={"model_type": "clip_text_model"})
     index = {"_class_name": name, "text_encoder_2": ["transformers", "CLIPTextModel"]}
     (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
-    server.add("org/pipe", everything(tmp_path / "pipe"))
+    server.add("org/pipe", bytes_by_name(tmp_path / "pipe"))
     access = HubAccess(cache_dir=tmp_path / "cache", progress=False)
     folder, on_hub = tmp_path / "pipe", "hf://org/pipe@main"
     bases: tuple[Path | str, ...] = (folder, on_hub)

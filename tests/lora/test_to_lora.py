@@ -14,7 +14,7 @@ import pytest
 from adapters import HIDDEN, OUTPUTS, RANK, good_adapter, good_tensors
 from bases import LLAMA_SIZES, TENSORS, tiny_base
 from commandline import Run
-from folders import CONFIG_NAME, WEIGHTS, everything, metadata, weights
+from folders import CONFIG_NAME, WEIGHTS, bytes_by_name, metadata, weights
 from numpy.typing import NDArray
 
 from vera_convert.adapter.lora_record import RECORD_KEY
@@ -123,7 +123,7 @@ def test_the_config_is_one_that_every_engine_reads(
 def test_the_same_input_gives_the_same_bytes(adapter: Path, base: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         converted(adapter, base, tmp_path / name)
-    assert everything(tmp_path / "one") == everything(tmp_path / "two")
+    assert bytes_by_name(tmp_path / "one") == bytes_by_name(tmp_path / "two")
 
 
 def test_a_stripped_adapter_gives_the_same_factors(tmp_path: Path) -> None:
@@ -493,7 +493,7 @@ def test_files_beside_the_adapter_are_carried_and_the_card_is_new(
     (adapter / "chat_template.jinja").write_text("{{ messages }}")
     (adapter / "optimizer.pt").write_bytes(b"state")
     converted(adapter, base, tmp_path / "out", rank=3)
-    assert {*everything(tmp_path / "out")} == {
+    assert {*bytes_by_name(tmp_path / "out")} == {
         "README.md",
         CONFIG_NAME,
         WEIGHTS,
@@ -619,8 +619,8 @@ def test_force_replaces_a_lora_of_this_command_alone(
     converted(adapter, base, tmp_path / "out", rank=3, force=True)
     assert config_of(tmp_path / "out")["r"] == 3
     converted(adapter, base, tmp_path / "out", engine="mlx", force=True)
-    assert "adapters.safetensors" in everything(tmp_path / "out")
-    assert WEIGHTS not in everything(tmp_path / "out")
+    assert "adapters.safetensors" in bytes_by_name(tmp_path / "out")
+    assert WEIGHTS not in bytes_by_name(tmp_path / "out")
     (tmp_path / "out" / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes())
     with pytest.raises(UsageError, match=f"does not write.* {WEIGHTS}"):
         converted(adapter, base, tmp_path / "out", force=True)

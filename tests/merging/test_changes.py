@@ -12,7 +12,15 @@ import pytest
 from adapters import good_adapter, good_tensors
 from folders import refusal
 from heads import HEAD, PREFIX, TIED, head, on_the_head
-from merges import INDEX, assert_same, change, filled_base, merged_with, tensors_of, wanted
+from merges import (
+    INDEX,
+    assert_same,
+    exact_change,
+    expected_tensors,
+    filled_base,
+    merged_with,
+    tensors_of,
+)
 from safetensors.numpy import load_file, save_file
 
 from vera_convert.errors import CheckpointError, UsageError
@@ -45,7 +53,7 @@ def test_a_new_head_is_added(tmp_path: Path) -> None:
     done = merged_with(adapter, base, tmp_path / "out")
     found = tensors_of(tmp_path / "out")
     assert np.array_equal(found.pop("score.weight"), np.full((3, 16), 0.3, np.float32))
-    assert_same(found, wanted({adapter: 1.0}, base))
+    assert_same(found, expected_tensors({adapter: 1.0}, base))
     codes = [finding.code for finding in done.findings]
     assert codes == ["V533", "V574"], "of no known class, and every value is 0.3"
     index = json.loads((tmp_path / "out" / INDEX).read_bytes())
@@ -237,7 +245,7 @@ def test_a_tied_head_is_refused(tmp_path: Path, tied: Path) -> None:
 
 def head_of(adapter: Path, tied: Path) -> Any:
     stored = tensors_of(tied)["model.embed_tokens.weight"]
-    return stored + change(adapter, "lm_head", 16)
+    return stored + exact_change(adapter, "lm_head", 16)
 
 
 def test_a_tied_head_is_added_to_the_embedding(tmp_path: Path, tied: Path) -> None:
@@ -255,7 +263,7 @@ def test_a_tied_head_is_untied(tmp_path: Path, tied: Path) -> None:
     merged_with(adapter, tied, tmp_path / "out", tied=Tied.UNTIE)
     found = tensors_of(tmp_path / "out")
     assert np.allclose(found.pop("lm_head.weight"), head_of(adapter, tied), atol=1e-6)
-    assert_same(found, wanted({adapter: 1.0}, tied))
+    assert_same(found, expected_tensors({adapter: 1.0}, tied))
     text, field = (tied / "config.json").read_text(), '"tie_word_embeddings": '
     text = text.replace(f"{field}true", f"{field}false")
     # transformers 4 ties Gemma 3 by the field of `text_config`, which is true by default.
@@ -270,7 +278,9 @@ def test_a_head_that_is_stored_beside_its_embedding_is_tied_too(tmp_path: Path) 
     base = filled_base(tmp_path / "base", config=TIED)
     assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V524"
     merged_with(adapter, base, tmp_path / "untied", tied=Tied.UNTIE)
-    assert_same(tensors_of(tmp_path / "untied"), wanted({adapter: 1.0}, base), within=1e-6)
+    assert_same(
+        tensors_of(tmp_path / "untied"), expected_tensors({adapter: 1.0}, base), within=1e-6
+    )
     merged_with(adapter, base, tmp_path / "added", tied=Tied.ADD)
     found = tensors_of(tmp_path / "added")
     assert np.allclose(found["model.embed_tokens.weight"], head_of(adapter, base), atol=1e-6)
@@ -283,7 +293,7 @@ def test_a_head_with_values_of_its_own_is_never_tied(tmp_path: Path, tied: Tied 
     tensors = load_file(path)
     save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"] * 2}, path)
     merged_with(adapter, base, tmp_path / "out", tied=tied)
-    assert_same(tensors_of(tmp_path / "out"), wanted({adapter: 1.0}, base), within=1e-6)
+    assert_same(tensors_of(tmp_path / "out"), expected_tensors({adapter: 1.0}, base), within=1e-6)
     assert (
         json.loads((tmp_path / "out" / "config.json").read_bytes())["tie_word_embeddings"] is False
     )
@@ -512,7 +522,7 @@ def test_a_resized_tied_head_starts_from_the_stored_weight(
     merged_with(adapter, counted, tmp_path / "out", tied=choice)
     found = tensors_of(tmp_path / "out")
     copy = tensors_of(adapter)[f"{PREFIX}lm_head.base_layer.weight"]
-    summed = copy + change(adapter, "lm_head", 16)
+    summed = copy + exact_change(adapter, "lm_head", 16)
     embedding = found["model.embed_tokens.weight"]
     assert np.allclose(embedding, copy if choice is Tied.UNTIE else summed, atol=1e-6)
     assert np.allclose(found.get("lm_head.weight", embedding), summed, atol=1e-6)
@@ -544,7 +554,7 @@ def test_a_resized_head_needs_its_embedding_where_the_two_are_not_tied(tmp_path:
     merged_with(adapter, base, tmp_path / "out")
     found = tensors_of(tmp_path / "out")
     assert (found["model.embed_tokens.weight"] == 0.5).all()
-    summed = copy[f"{PREFIX}lm_head.base_layer.weight"] + change(adapter, "lm_head", 16)
+    summed = copy[f"{PREFIX}lm_head.base_layer.weight"] + exact_change(adapter, "lm_head", 16)
     assert np.allclose(found["lm_head.weight"], summed, atol=1e-6)
 
 
@@ -592,7 +602,7 @@ def test_the_shared_module_of_an_encoder_decoder_stays_as_in_the_base(tmp_path: 
     base = filled_base(tmp_path / "base", tensors={"shared.weight": (32, 16)})
     done = merged_with(adapter, base, tmp_path / "out")
     assert [finding.code for finding in done.findings] == ["V577"]
-    assert_same(tensors_of(tmp_path / "out"), wanted({adapter: 1.0}, base))
+    assert_same(tensors_of(tmp_path / "out"), expected_tensors({adapter: 1.0}, base))
 
 
 def test_a_delta_and_another_adapter_s_own_head_contradict_each_other(

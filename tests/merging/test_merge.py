@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from adapters import good_adapter, good_tensors
-from folders import everything, refusal
-from merges import FIXTURES, assert_same, filled_base, merged_with, tensors_of, wanted
+from folders import bytes_by_name, refusal
+from merges import FIXTURES, assert_same, expected_tensors, filled_base, merged_with, tensors_of
 from safetensors.numpy import load_file, save_file
 
 from vera_convert.conversion.projections import ProjectionSource
@@ -72,13 +72,13 @@ def test_each_dtype_keeps_its_own(tmp_path: Path) -> None:
         tmp_path / "base", dtypes={"q_proj": "bfloat16", "v_proj": "float16", "norm": "float64"}
     )
     merged_with(adapter, base, tmp_path / "out")
-    assert_same(tensors_of(tmp_path / "out"), wanted({adapter: 1.0}, base))
+    assert_same(tensors_of(tmp_path / "out"), expected_tensors({adapter: 1.0}, base))
 
 
 def test_float64_is_computed_in_float64(tmp_path: Path, adapter: Path) -> None:
     base = filled_base(tmp_path / "base", dtype="float64")
     merged_with(adapter, base, tmp_path / "out")
-    assert_same(tensors_of(tmp_path / "out"), wanted({adapter: 1.0}, base), within=1e-15)
+    assert_same(tensors_of(tmp_path / "out"), expected_tensors({adapter: 1.0}, base), within=1e-15)
 
 
 # --- several adapters ----------------------------------------------------------------------------
@@ -97,7 +97,11 @@ def test_several_adapters_are_added_with_their_weights(tmp_path: Path, base: Pat
         tmp_path / "second", r=6, tensors={**larger, **without}, target_modules=["q_proj"]
     )
     done = merged_with(first, base, tmp_path / "out", weight=0.5, add=(AdapterSpec(second, -2.0),))
-    assert_same(tensors_of(tmp_path / "out"), wanted({first: 0.5, second: -2.0}, base), within=2e-6)
+    assert_same(
+        tensors_of(tmp_path / "out"),
+        expected_tensors({first: 0.5, second: -2.0}, base),
+        within=2e-6,
+    )
     assert [each.weight for each in done.adapters] == [0.5, -2.0]
     touched = {each.name: each.adapters for each in done.tensors}
     assert touched[f"{Q}.weight"] == (0, 1)
@@ -231,7 +235,7 @@ def test_the_provenance_names_every_input_and_nothing_of_the_machine(
     merged_with(adapter, base, tmp_path / "out", jobs=1, **options)
     merged_with(adapter, base, tmp_path / "again", jobs=3, **options)
     text = (tmp_path / "out/merge-provenance.json").read_text()
-    assert everything(tmp_path / "out") == everything(tmp_path / "again")
+    assert bytes_by_name(tmp_path / "out") == bytes_by_name(tmp_path / "again")
     assert str(tmp_path) not in text
     document = json.loads(text)
     assert not schema_errors("merge-provenance", document)
@@ -258,9 +262,9 @@ def test_the_card_names_base_and_adapters(tmp_path: Path, adapter: Path, base: P
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, adapter: Path) -> None:
     base = filled_base(tmp_path / "base", shards=2)
-    before = everything(tmp_path)
+    before = bytes_by_name(tmp_path)
     done = merged_with(adapter, base, tmp_path / "out", dry_run=True)
-    assert everything(tmp_path) == before
+    assert bytes_by_name(tmp_path) == before
     assert not done.written
     weights = [file for file in done.files if file.name.endswith(".safetensors")]
     assert [file.size for file in weights] == [
@@ -274,4 +278,4 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, adapter: Path) -> None:
 def test_everything_can_be_checked(tmp_path: Path, adapter: Path) -> None:
     base = filled_base(tmp_path / "base", shards=2)
     merged_with(adapter, base, tmp_path / "out", check=True)
-    assert_same(tensors_of(tmp_path / "out"), wanted({adapter: 1.0}, base))
+    assert_same(tensors_of(tmp_path / "out"), expected_tensors({adapter: 1.0}, base))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from adapters import good_adapter
 from bases import tiny_base
-from folders import everything
+from folders import bytes_by_name
 from heads import PREFIX, TIED, on_the_head
 from hub_server import HubServer
-from merges import assert_same, filled_base, tensors_of, wanted
+from merges import assert_same, expected_tensors, filled_base, tensors_of
 from safetensors.numpy import save_file
 
 from vera_convert.base.facts import BaseOptions
@@ -55,14 +55,14 @@ def merged(tmp_path: Path, adapter: str | Path, base: str | None = None, **optio
 def test_adapters_and_the_base_they_name_come_from_the_hub(
     server: HubServer, tmp_path: Path, adapter: Path, base: Path
 ) -> None:
-    files = everything(adapter)
+    files = bytes_by_name(adapter)
     commits = {
         "adapter": server.add("org/adapters", {f"sub/{n}": text for n, text in files.items()}),
-        "base": server.add("org/base", everything(base)),
+        "base": server.add("org/base", bytes_by_name(base)),
     }
     add = (AdapterSpec(adapter, -1.5),)
     done = merged(tmp_path, "org/adapters/sub", add=add)
-    assert_same(tensors_of(tmp_path / "out"), wanted({adapter: -0.5}, base), within=1e-6)
+    assert_same(tensors_of(tmp_path / "out"), expected_tensors({adapter: -0.5}, base), within=1e-6)
     document = json.loads((tmp_path / "out/merge-provenance.json").read_bytes())
     assert document["base"]["source"] == {"repo_id": "org/base", "commit": commits["base"]}
     assert [each["source"] for each in document["adapters"]] == [
@@ -78,7 +78,7 @@ def test_adapters_and_the_base_they_name_come_from_the_hub(
 def test_a_dry_run_reads_headers_alone(
     server: HubServer, tmp_path: Path, adapter: Path, base: Path
 ) -> None:
-    content = everything(base)
+    content = bytes_by_name(base)
     server.add("org/base", content)
     done = merged(tmp_path, adapter, dry_run=True)
     here = merge(
@@ -99,10 +99,10 @@ def test_a_dry_run_compares_rows_of_a_head_and_an_embedding_on_the_hub(
     server: HubServer, tmp_path: Path
 ) -> None:
     tied = filled_base(tmp_path / "tied", config=TIED)
-    server.add("org/tied", everything(tied))
+    server.add("org/tied", bytes_by_name(tied))
     tensors = tensors_of(tied) | {"lm_head.weight": np.ones((32, 16), np.float32)}
     save_file(tensors, tied / "model.safetensors", {"format": "pt"})
-    server.add("org/own", everything(tied))
+    server.add("org/own", bytes_by_name(tied))
     adapter = on_the_head(tmp_path / "head")
     for choice in Tied:
         merged(tmp_path, adapter, "org/tied", dry_run=True, tied=choice)
@@ -124,21 +124,21 @@ def test_a_dry_run_does_not_compare_a_copy_of_the_head_on_the_hub(
     server: HubServer, tmp_path: Path, base: Path
 ) -> None:
     own = {f"{PREFIX}lm_head.base_layer.weight": tensors_of(base)["lm_head.weight"]}
-    server.add("org/base", everything(base))
+    server.add("org/base", bytes_by_name(base))
     merged(tmp_path, on_the_head(tmp_path / "head", **own), "org/base", dry_run=True)
 
 
 def test_what_was_merged_once_is_merged_offline(
     server: HubServer, tmp_path: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.add("org/base", everything(base))
+    server.add("org/base", bytes_by_name(base))
     merged(tmp_path, adapter)
-    before = everything(tmp_path / "out")
+    before = bytes_by_name(tmp_path / "out")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     server.requests.clear()
     merged(tmp_path, adapter, force=True)
     assert not server.requests
-    assert everything(tmp_path / "out") == before
+    assert bytes_by_name(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("appended", [True, False])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from adapters import good_adapter, good_tensors
 from commandline import Run
-from folders import everything
+from folders import bytes_by_name
 from merges import filled_base, merged_with
 from safetensors.numpy import load_file, save_file
 
@@ -122,7 +122,7 @@ def test_a_stopped_merge_is_continued(
     monkeypatch.setattr("vera_convert.merging.job.finished_files", counted)
     merged_with(adapter, sharded, tmp_path / "out", checksums=True, resume=True, jobs=2)
     assert taken[0] >= 2
-    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+    assert bytes_by_name(tmp_path / "out") == bytes_by_name(tmp_path / "whole")
     assert not hidden(tmp_path)
 
 
@@ -155,7 +155,7 @@ def test_nothing_is_taken_over_where_an_input_or_option_differs(
         save_file(tensors, file, {"format": "pt"})
     merged_with(adapter, sharded, tmp_path / "whole", **options)
     merged_with(adapter, sharded, tmp_path / "out", resume=True, **options)
-    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+    assert bytes_by_name(tmp_path / "out") == bytes_by_name(tmp_path / "whole")
     assert not hidden(tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_a_shard_that_was_touched_is_made_again(
     content[-1] ^= 1
     first.write_bytes(content)
     merged_with(adapter, sharded, tmp_path / "out", resume=True)
-    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+    assert bytes_by_name(tmp_path / "out") == bytes_by_name(tmp_path / "whole")
 
 
 def test_a_shard_whose_times_were_put_back_is_made_again(
@@ -185,7 +185,7 @@ def test_a_shard_whose_times_were_put_back_is_made_again(
     first.write_bytes(content)
     os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
     merged_with(adapter, sharded, tmp_path / "out", resume=True)
-    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+    assert bytes_by_name(tmp_path / "out") == bytes_by_name(tmp_path / "whole")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such modes")
@@ -197,7 +197,7 @@ def test_a_hidden_folder_that_others_may_have_filled_is_neither_adopted_nor_remo
     stopped(adapter, sharded, tmp_path / "out", after=3)
     (kept,) = hidden(tmp_path)
     (kept / "old").mkdir()
-    before = everything(kept)
+    before = bytes_by_name(kept)
     if is_of == "a group":
         kept.chmod(0o770)
     else:
@@ -211,9 +211,9 @@ def test_a_hidden_folder_that_others_may_have_filled_is_neither_adopted_nor_remo
         monkeypatch.setattr(Path, "lstat", mine)
     for resume in (True, False):
         merged_with(adapter, sharded, tmp_path / "out", resume=resume, force=True)
-        assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+        assert bytes_by_name(tmp_path / "out") == bytes_by_name(tmp_path / "whole")
         assert hidden(tmp_path) == [kept]
-        assert everything(kept) == before
+        assert bytes_by_name(kept) == before
 
 
 def test_what_is_kept_already_needs_no_space_again(

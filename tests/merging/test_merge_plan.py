@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from adapters import good_adapter, good_tensors
-from folders import everything
-from merges import INDEX, assert_same, filled_base, merged_with, tensors_of, wanted
+from folders import bytes_by_name
+from merges import INDEX, assert_same, expected_tensors, filled_base, merged_with, tensors_of
 from safetensors.numpy import load_file, save_file
 
 from vera_convert.errors import UsageError
@@ -21,7 +21,7 @@ from vera_convert.errors import UsageError
 def test_shards_keep_their_headers_and_the_index_its_bytes(tmp_path: Path, adapter: Path) -> None:
     base = filled_base(tmp_path / "base", shards=4)
     merged_with(adapter, base, tmp_path / "out")
-    assert_same(tensors_of(tmp_path / "out"), wanted({adapter: 1.0}, base))
+    assert_same(tensors_of(tmp_path / "out"), expected_tensors({adapter: 1.0}, base))
     for path in base.glob("*.safetensors"):
         before, after = path.read_bytes(), (tmp_path / "out" / path.name).read_bytes()
         length = 8 + int.from_bytes(before[:8], "little")
@@ -39,7 +39,7 @@ def test_an_odd_header_is_kept_as_it_is(tmp_path: Path, adapter: Path, base: Pat
     (base / "model.safetensors").write_bytes(odd)
     merged_with(adapter, base, tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").read_bytes().startswith(odd[: 8 + len(text)])
-    assert_same(tensors_of(tmp_path / "out"), wanted({adapter: 1.0}, base))
+    assert_same(tensors_of(tmp_path / "out"), expected_tensors({adapter: 1.0}, base))
 
 
 def test_shards_may_lie_in_subfolders(tmp_path: Path, adapter: Path) -> None:
@@ -50,7 +50,9 @@ def test_shards_may_lie_in_subfolders(tmp_path: Path, adapter: Path) -> None:
     for path in base.glob("*.safetensors"):
         path.rename(base / "parts" / path.name)
     merged_with(adapter, base, tmp_path / "out")
-    assert_same(tensors_of(tmp_path / "out/parts"), wanted({adapter: 1.0}, base / "parts"))
+    assert_same(
+        tensors_of(tmp_path / "out/parts"), expected_tensors({adapter: 1.0}, base / "parts")
+    )
     assert (tmp_path / "out" / INDEX).read_text() == text
 
 
@@ -68,7 +70,7 @@ def test_a_wrong_total_size_is_put_right(tmp_path: Path, adapter: Path) -> None:
 def test_shards_can_be_made_anew(tmp_path: Path, adapter: Path, shards: int, limit: int) -> None:
     base = filled_base(tmp_path / "base", shards=shards)
     merged_with(adapter, base, tmp_path / "out", max_shard_size=limit)
-    assert_same(tensors_of(tmp_path / "out"), wanted({adapter: 1.0}, base))
+    assert_same(tensors_of(tmp_path / "out"), expected_tensors({adapter: 1.0}, base))
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     if limit == 10**9:
         assert files == ["model.safetensors"]
@@ -91,7 +93,7 @@ def test_float_tensors_can_be_given_another_dtype(
     base = filled_base(tmp_path / "base", dtypes={"norm": "int8"}, config=config, shards=shards)
     merged_with(adapter, base, tmp_path / "out", dtype="bfloat16")
     found = tensors_of(tmp_path / "out")
-    for name, tensor in wanted({adapter: 1.0}, base).items():
+    for name, tensor in expected_tensors({adapter: 1.0}, base).items():
         kept = tensor.dtype == np.int8
         assert found[name].dtype == (np.int8 if kept else ml_dtypes.bfloat16), name
         assert np.allclose(found[name].astype("f4"), tensor.astype("f4"), rtol=2**-8, atol=0), name
@@ -122,13 +124,13 @@ def test_a_diffusers_component_and_its_pipeline(tmp_path: Path) -> None:
     (pipeline / "vae").mkdir()
     (pipeline / "vae/config.json").write_text("{}")
     (pipeline / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"any bytes")
-    expected = wanted({adapter: 1.0}, component)
+    expected = expected_tensors({adapter: 1.0}, component)
     merged_with(adapter, component, tmp_path / "alone", max_shard_size=4000)
     assert_same(tensors_of(tmp_path / "alone"), expected)
     assert (tmp_path / "alone/diffusion_pytorch_model.safetensors.index.json").exists()
     merged_with(adapter, pipeline, tmp_path / "whole")
     assert_same(tensors_of(tmp_path / "whole/transformer"), expected)
-    found = everything(tmp_path / "whole")
+    found = bytes_by_name(tmp_path / "whole")
     assert found["vae/diffusion_pytorch_model.safetensors"] == b"any bytes"
     assert found["model_index.json"] == b"{}"
     assert "library_name: diffusers" in found["README.md"].decode()

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from children import finished, running, tell, told
+from children import finished, next_line, running, send_line
 from systemcalls import intercept
 
 from vera_convert.errors import SurroundingsError, UsageError
@@ -781,7 +781,7 @@ def test_a_run_killed_at_any_system_call_leaves_what_the_next_sweeps(
     old: str, step: str, out: Path
 ) -> None:
     with running(KILLED_ANYWHERE, out, old, step) as child:
-        calls = told(child)
+        calls = next_line(child)
         assert finished(child) == (0, "")
     assert 20 < int(calls) < 99
 
@@ -800,7 +800,7 @@ def test_a_run_killed_at_a_random_moment_leaves_what_the_next_sweeps(out: Path) 
     chance = random.Random(0)
     for _ in range(4):
         with running(WRITES_FOR_EVER, out) as child:
-            told(child)
+            next_line(child)
             time.sleep(chance.uniform(0, 0.03))
         if exchanges(out.parent):
             content = content_of(out)
@@ -836,7 +836,7 @@ except signals.Interrupted as interruption:
     sys.exit(interruption.status)
 """
     with running(code, out) as child:
-        told(child)
+        next_line(child)
         assert len(names(out.parent)) == 1
         child.send_signal(number)
         assert finished(child) == (status, "")
@@ -873,9 +873,9 @@ def run_together(out: Path, *arguments: object) -> list[int]:
     with ExitStack() as stack:
         children = [stack.enter_context(running(ONE_OF_MANY, out, *arguments)) for _ in range(4)]
         for child in children:
-            told(child)
+            next_line(child)
         for child in children:
-            tell(child)
+            send_line(child)
         while any(child.poll() is None for child in children):
             assert seen(out) in (None, ["a", "b"])
         return [finished(child)[0] for child in children]
@@ -918,12 +918,12 @@ with Output(out, force=True, is_own=own).staged() as new:
     input()
 """
     with running(code, out) as child:
-        told(child)
+        next_line(child)
         write(out)
         sweep_containers(out)
         assert len(names(out.parent)) == 2
         assert content_of(out) == NEW
-        tell(child)
+        send_line(child)
         assert finished(child) == (0, "")
     assert content_of(out) == {"a": "theirs", "b/c": "theirs"}
 

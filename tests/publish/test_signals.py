@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from adapters import good_adapter
-from folders import everything
+from folders import bytes_by_name
 from merges import filled_base
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
@@ -134,7 +134,7 @@ def test_a_signal_at_any_moment_leaves_all_or_nothing_and_says_which(
         assert out.exists() == (status == 0)
         assert (stderr == INTERRUPTED) == (status != 0)
         if out.exists():
-            assert everything(out).keys() == everything(tmp_path / "whole").keys()
+            assert bytes_by_name(out).keys() == bytes_by_name(tmp_path / "whole").keys()
         statuses.add(status)
     assert statuses == {0, 128 + number}, (last, sorted(spread | ends))
     left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from children import finished, running, told
+from children import finished, next_line, running
 
 from vera_convert.errors import SurroundingsError
 from vera_convert.publish import staging as module
@@ -77,7 +77,7 @@ if hasattr(os, "fork"):
 print(staging.new.parent.exists())
 """
     with running(code, out) as child:
-        assert told(child) == "True"
+        assert next_line(child) == "True"
         assert finished(child) == (0, "")
     assert names(out.parent) == []
 
@@ -86,7 +86,7 @@ def test_the_living_are_not_swept(out: Path) -> None:
     staging = Container.beside(out)
     code = "staging = staging.Container.beside(out); print(staging.new, flush=True); input()"
     with running(code, out) as child:
-        theirs = Path(told(child))
+        theirs = Path(next_line(child))
         for _ in range(2):
             sweep_containers(out)
             assert staging.new.parent.exists()

@@ -1,7 +1,7 @@
-"""Every way to spoil config, tensors and projections of the good adapter.
+"""Defects of the config, the tensors and the projections of the good adapter.
 
-Some show when the adapter is opened, others when it is held against a base or converted: each
-defect says who has to find it.
+Some defects show when the adapter is opened. Others show only when a command converts the adapter
+or compares the adapter with a base. Each defect names the function that finds the defect.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def opening(folder: Path) -> Iterable[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class AdapterDefect(Defect):
-    """A defect of an adapter, and who finds it."""
+    """A defect of an adapter, with the function that finds the defect."""
 
     find: Finder = opening
 
 
-def spoiled(code: str, *, by: Finder | None = None) -> Callable[[Spoiler], Spoiler]:
-    """Register a function as a defect that `by` finds; by default it shows on opening."""
+def adapter_defect(code: str, *, by: Finder | None = None) -> Callable[[Spoiler], Spoiler]:
+    """Register a function as a defect that `by` finds; the default is to open the adapter."""
 
     def register(spoil: Spoiler) -> Spoiler:
         DEFECTS.append(AdapterDefect(code, spoil, find=by or opening))
@@ -79,29 +79,29 @@ def register(
     for name, case in cases.items():
         spoil = make(case)
         spoil.__name__ = name
-        spoiled(code, by=by)(spoil)
+        adapter_defect(code, by=by)(spoil)
 
 
-# --- who finds them ------------------------------------------------------------------------------
+# --- functions that find a defect ----------------------------------------------------------------
 
 
-def describing(**base: Any) -> Finder:
-    """Return the findings of `info` on a base."""
-    return lambda folder: info(folder, base=_wish(folder, base)).findings
+def running_info(**base: Any) -> Finder:
+    """Return a function that returns the findings of `info` on a base."""
+    return lambda folder: info(folder, base=_base_options(folder, base)).findings
 
 
 def stripping(**base: Any) -> Finder:
-    """Return the findings of `strip` on a base."""
-    return lambda folder: strip(folder, _out(folder), base=_wish(folder, base)).findings
+    """Return a function that returns the findings of `strip` on a base."""
+    return lambda folder: strip(folder, _out(folder), base=_base_options(folder, base)).findings
 
 
 def embedding(**options: Any) -> Finder:
-    """Return the findings of `embed`, on the good base or with given dims."""
+    """Return a function that returns the findings of `embed`, on the good base or with options."""
     return lambda folder: (
         embed(
             folder,
             _out(folder),
-            base=BaseOptions(**options) if options else _wish(folder, {}),
+            base=BaseOptions(**options) if options else _base_options(folder, {}),
         ).findings
     )
 
@@ -117,10 +117,13 @@ def stripping_alone(folder: Path) -> Iterable[Finding]:
 
 
 def validating(*ignore: str, deep: bool = False, **base: Any) -> Finder:
-    """Return the findings of `validate`, on a base if described, without the missing revision."""
+    """Return a function that returns the findings of `validate`, on a base if `base` has fields.
+
+    The findings leave out V122, the missing revision, unless `ignore` names other codes.
+    """
 
     def find(folder: Path) -> Iterable[Finding]:
-        options = _wish(folder, base) if base else None
+        options = _base_options(folder, base) if base else None
         (checked,) = validate(
             [folder], base=options, ignore=ignore or ("V122",), deep=deep
         ).adapters
@@ -129,8 +132,8 @@ def validating(*ignore: str, deep: bool = False, **base: Any) -> Finder:
     return find
 
 
-def sizing(folder: Path) -> Iterable[Finding]:
-    """Return the findings for a model that has no layer of the config's targets."""
+def matching_other_layers(folder: Path) -> Iterable[Finding]:
+    """Match the adapter with a model that has no layer of the config's targets."""
     with open_adapter(folder) as adapter:
         adapted(ModelLayers("nothing", "llama", {}), adapter.config)
         return ()
@@ -140,19 +143,19 @@ def _out(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-out")
 
 
-def _wish(folder: Path, base: Mapping[str, Any]) -> BaseOptions:
+def _base_options(folder: Path, base: Mapping[str, Any]) -> BaseOptions:
     return BaseOptions(str(tiny_base(folder.with_name(f"{folder.name}-base"), **base)))
 
 
 def codes(found: Finder, folder: Path) -> list[str]:
-    """Return the codes of the findings, raised or reported."""
+    """Return the codes of the findings, whether the finder raises or returns the findings."""
     try:
         return [finding.code for finding in found(folder)]
     except CheckpointError as error:
         return [finding.code for finding in error.findings]
 
 
-# --- what they are made with ---------------------------------------------------------------------
+# --- functions that make a spoiler ---------------------------------------------------------------
 
 
 def fields(changes: Mapping[str, object]) -> Spoiler:
@@ -191,7 +194,7 @@ def renamed(new_name: Callable[[str], str]) -> Spoiler:
 
 
 def all_of(*spoilers: Spoiler) -> Spoiler:
-    """Return a spoiler that does what several do, in this order."""
+    """Return a spoiler that runs all of these spoilers, in this order."""
 
     def spoil(folder: Path) -> None:
         for each in spoilers:
@@ -214,7 +217,7 @@ def drawn(
     rounding: Rounding = Rounding.NONE,
     kept: int | None = None,
 ) -> Spoiler:
-    """Return a spoiler that stores another draw, or its leading columns."""
+    """Return a spoiler that stores A and B of another draw; `kept` limits the columns of A."""
     pair = Draw(variant, key=key, rank=RANK, in_features=width, out_features=height).matrices()
     first, second = (rounded(matrix, rounding) for matrix in pair)
     dtype = np.float64 if variant.dtype == np.float64 else np.float32
@@ -222,7 +225,7 @@ def drawn(
 
 
 def stripped(folder: Path, *, accept_change: bool = False) -> None:
-    """Strip the good adapter with our own command: it has a fingerprint then."""
+    """Strip the good adapter with our own command, which writes a fingerprint."""
     strip(folder, _out(folder), base=BaseOptions(dtype="float32"), accept_change=accept_change)
     for name in (CONFIG, WEIGHTS):
         (_out(folder) / name).replace(folder / name)
@@ -231,7 +234,7 @@ def stripped(folder: Path, *, accept_change: bool = False) -> None:
 
 
 bare = all_of(without(A, B), fields({"save_projection": False}))
-"""Strips the good adapter as PEFT does: nothing records what A and B were."""
+"""Strip the good adapter as PEFT does, which leaves no record of A and B."""
 
 
 def fingerprint(**changes: Any) -> Spoiler:
@@ -290,7 +293,7 @@ register(
     fields,
     by=stripping(tensors={f"{'long_name_' * 6}.weight": (16, 16)}),
 )
-register("V132", {"targets_match_nothing": {}}, fields, by=sizing)
+register("V132", {"targets_match_nothing": {}}, fields, by=matching_other_layers)
 register("V132", {"targets_are_misspelled": {"target_modules": ["w_proj"]}}, fields, by=stripping())
 register(
     "V132",
@@ -308,12 +311,12 @@ register(
 # --- V2: tensors ---------------------------------------------------------------------------------
 
 
-@spoiled("V201")
+@adapter_defect("V201")
 def all_lambdas_are_gone(folder: Path) -> None:
     tensors(lambda stored: {A: stored[A], B: stored[B]})(folder)
 
 
-@spoiled("V201")
+@adapter_defect("V201")
 def all_tensors_are_gone(folder: Path) -> None:
     fields({"save_projection": False})(folder)
     join_weights(folder, {"__metadata__": {"format": "pt"}}, b"")
@@ -624,14 +627,14 @@ register(
     lambda spoil: spoil,
     by=embedding(in_features=1 << 31, out_features=16, dtype="float32"),
 )
-register("V414", {"old_peft_would_draw_others": Variant.FLOAT32_SEPARATE}, drawn, by=describing())
+register("V414", {"old_peft_would_draw_others": Variant.FLOAT32_SEPARATE}, drawn, by=running_info())
 register(
     "V415",
     {"base_is_of_two_16_bit_types": ()},
     as_it_is,
-    by=describing(dtypes={"layers.0": "bfloat16", "layers.1": "float16"}),
+    by=running_info(dtypes={"layers.0": "bfloat16", "layers.1": "float16"}),
 )
-register("V415", {"base_is_quantized": ()}, as_it_is, by=describing(dtypes={"q_proj": "int8"}))
+register("V415", {"base_is_quantized": ()}, as_it_is, by=running_info(dtypes={"q_proj": "int8"}))
 register(
     "V416", {"stored_for_a_wider_model": {"width": 24}}, lambda case: drawn(**case), by=embedding()
 )
@@ -647,68 +650,68 @@ register(
     "V421",
     {"a_layer_that_decides_the_dims_is_missing": bare},
     lambda spoil: spoil,
-    by=describing(
+    by=running_info(
         config={"model_type": "llama", "num_hidden_layers": 3},
         tensors={"model.layers.2.self_attn.q_proj.weight": (40, 48)},
     ),
 )
 
-# --- what only `validate` looks for --------------------------------------------------------------
+# --- defects that only `validate` looks for ------------------------------------------------------
 
 
-@spoiled("V007", by=validating())
+@adapter_defect("V007", by=validating())
 def a_side_file_links_to_nowhere(folder: Path) -> None:
     (folder / "notes.txt").symlink_to(folder / "gone.txt")
 
 
-@spoiled("V014")
+@adapter_defect("V014")
 def weights_are_a_models(folder: Path) -> None:
     names = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight")
     tensors(lambda _: {name: _zeros(16, 16) for name in names})(folder)
 
 
-@spoiled("V015")
+@adapter_defect("V015")
 def weights_are_called_as_a_models(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "model.safetensors")
 
 
-@spoiled("V016", by=validating())
+@adapter_defect("V016", by=validating())
 def folder_to_check_is_a_models(folder: Path) -> None:
     folder_is_a_models(folder)
 
 
-@spoiled("V016")
+@adapter_defect("V016")
 def folder_is_a_models(folder: Path) -> None:
     (folder / CONFIG).unlink()
     (folder / WEIGHTS).rename(folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": "llama"}')
 
 
-@spoiled("V018", by=validating())
+@adapter_defect("V018", by=validating())
 def states_of_training_lie_beside_it(folder: Path) -> None:
     for name in ("optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"):
         (folder / name).write_bytes(b"state")
 
 
-@spoiled("V018", by=validating())
+@adapter_defect("V018", by=validating())
 def logs_of_training_lie_beside_it(folder: Path) -> None:
     (folder / "runs" / "host").mkdir(parents=True)
     (folder / "runs" / "host" / "events.out.tfevents.1.host.2.0").write_bytes(b"log")
     (folder / "trainer_state.json").write_text("{}")
 
 
-@spoiled("V019", by=validating())
+@adapter_defect("V019", by=validating())
 def marks_of_a_download_lie_beside_it(folder: Path) -> None:
     for name in (CONFIG, WEIGHTS):
         (folder / f"{name}:Zone.Identifier").write_text("[ZoneTransfer]")
 
 
-@spoiled("V019", by=validating())
+@adapter_defect("V019", by=validating())
 def another_models_weights_lie_beside_it(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"weights")
 
 
-@spoiled("V008", by=validating())
+@adapter_defect("V008", by=validating())
 def weights_that_peft_does_not_read_lie_beside_it(folder: Path) -> None:
     (folder / "new_embeddings.safetensors").write_bytes(b"weights")
 
@@ -730,7 +733,7 @@ register(
 )
 
 
-@spoiled("V111", by=validating())
+@adapter_defect("V111", by=validating())
 def the_only_layer_is_zero(folder: Path) -> None:
     fields({"layers_to_transform": 0, "layers_pattern": "layers"})(folder)
     tensors(lambda stored: {k: v for k, v in stored.items() if ".layers.1." not in k})(folder)
@@ -774,7 +777,7 @@ register(
 
 
 def as_float16(folder: Path) -> None:
-    """Store everything in float16, A and B as a float16 base rounds them."""
+    """Store all tensors in float16, with A and B rounded as for a float16 base."""
     drawn(rounding=Rounding.FP16)(folder)
     tensors(lambda stored: {k: v.astype(np.float16) for k, v in stored.items()})(folder)
 
@@ -790,7 +793,7 @@ register(
 
 
 def lambdas(which: str, value: float, *, layer: str = "") -> Spoiler:
-    """Return a spoiler that sets all values of the vectors of one kind, in some layers."""
+    """Return a spoiler that fills one kind of vector with a value, in the layers of `layer`."""
 
     def filled(name: str, array: NDArray[Any]) -> NDArray[Any]:
         return np.full_like(array, value) if name.endswith(which) and layer in name else array

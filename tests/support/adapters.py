@@ -42,7 +42,7 @@ CONFIG: Mapping[str, object] = {
 
 
 def good_tensors(*, stripped: bool = False) -> dict[str, NDArray[Any]]:
-    """Two layers, q_proj and v_proj adapted, with the projections that the key gives."""
+    """Return the tensors of two adapted layers, q_proj and v_proj, with A and B of the key."""
     values = np.random.default_rng(0)
     tensors: dict[str, NDArray[Any]] = {}
     for layer in range(2):
@@ -70,7 +70,7 @@ def good_adapter(
     metadata: Mapping[str, str] | None = None,
     **config: object,
 ) -> Path:
-    """Write a valid adapter into a new folder, with changes; a tensor that is None is left out."""
+    """Write a valid adapter with changes into a new folder; a tensor of value None is left out."""
     folder.mkdir(parents=True)
     document = {**CONFIG, "save_projection": not stripped, **config}
     text = json.dumps(document, indent=2, sort_keys=True)

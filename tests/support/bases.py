@@ -1,4 +1,4 @@
-"""A tiny base model for the good adapter: headers, and weights of zeros."""
+"""A tiny base model for the good adapter, with weights of zeros."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TENSORS: Mapping[str, Sequence[int]] = {
     "model.norm.weight": (16,),
     "lm_head.weight": (32, 16),
 }
-"""A Llama of two layers, 16 wide."""
+"""The shapes of a Llama with two layers and a hidden size of 16."""
 
 
 LLAMA_SIZES: Mapping[str, int] = {
@@ -57,11 +57,11 @@ def tiny_base(
     """Write a base into a new folder.
 
     Args:
-        folder: where to.
-        dtype: of all tensors.
-        dtypes: of those whose names contain a text.
-        tensors: shapes of tensors to add or change; one that is None is left out.
-        config: what ``config.json`` holds; by default the type alone.
+    folder: the new folder.
+    dtype: the dtype of all tensors that ``dtypes`` does not name.
+    dtypes: another dtype for each tensor whose name contains the key.
+    tensors: shapes of tensors to add or change; None leaves the tensor out.
+    config: the content of ``config.json``; the default holds only the model type.
     """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))

@@ -1,4 +1,4 @@
-"""Other processes for tests: they may be killed, and may run at the same time."""
+"""Child processes for tests that kill a process or run several processes at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "vera_convert"
 
-# Without what `vera_convert/__init__.py` loads, a child is ready in a tenth of a second.
+# `vera_convert/__init__.py` loads much. A stand-in for the package starts in a tenth of a second.
 PRELUDE = f"""
 import os, signal, sys, time, types
 package = types.ModuleType("vera_convert")
@@ -40,9 +40,9 @@ def fill(folder, text):
 
 @contextmanager
 def running(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Run `code` after `PRELUDE` in a fresh Python; kill it if it still runs at the end.
+    """Run `code` after `PRELUDE` in a fresh Python; kill a process that still runs at the end.
 
-    It may talk through its standard streams.
+    The code may read and write the standard streams.
     """
     child = subprocess.Popen(
         [sys.executable, "-c", PRELUDE + code, *map(str, arguments)],
@@ -58,20 +58,20 @@ def running(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
             child.kill()
 
 
-def told(child: subprocess.Popen[str]) -> str:
-    """Wait for the child's next line."""
+def next_line(child: subprocess.Popen[str]) -> str:
+    """Wait for the child's next line, and return the line."""
     assert child.stdout is not None
     return child.stdout.readline().rstrip("\n")
 
 
 def finished(child: subprocess.Popen[str]) -> tuple[int, str]:
-    """Wait for the end of the child, and return the exit status and stderr."""
+    """Wait until the child ends, and return the exit status and stderr."""
     _, complaint = child.communicate(timeout=60)
     return child.returncode, complaint
 
 
-def tell(child: subprocess.Popen[str]) -> None:
-    """Let a child go on that waits for a line."""
+def send_line(child: subprocess.Popen[str]) -> None:
+    """Send a line to a child that waits for a line."""
     assert child.stdin is not None
     child.stdin.write("\n")
     child.stdin.flush()

@@ -1,4 +1,4 @@
-"""Running the program in this process."""
+"""Run the program in this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 class Ended(NamedTuple):
-    """How a run ended."""
+    """The exit status and the output of a run."""
 
     status: int
     out: str

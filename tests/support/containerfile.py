@@ -1,4 +1,4 @@
-"""`docs/Containerfile` as its instructions; a continued line is one."""
+"""Read `docs/Containerfile` as instructions; continued lines make one instruction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PATH = Path(__file__).parents[2] / "docs" / "Containerfile"
 
 
 class Instruction(NamedTuple):
-    """Such as ``COPY`` and its words, options left as they are."""
+    """An instruction such as ``COPY``, with its words; options stay words."""
 
     name: str
     text: str
@@ -21,7 +21,7 @@ class Instruction(NamedTuple):
 
 
 def stages() -> list[list[Instruction]]:
-    """Return the instructions of each stage; the first of them is its ``FROM``."""
+    """Return the instructions of each stage; each stage begins with ``FROM``."""
     text = PATH.read_text(encoding="utf-8").replace("\\\n", " ")
     found: list[list[Instruction]] = []
     for line in text.splitlines():

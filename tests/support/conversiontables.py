@@ -59,7 +59,7 @@ _ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "esm": {"vocab_size": 33},
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl": {"text_config": {"head_dim": 8}},
-    # Two layers are not of all kinds.
+    # With two layers, these models would lack some kinds of layers.
     "bailing_hybrid": {"num_hidden_layers": 6},
     "deepseek_v4": {"num_hidden_layers": 4},
     "inkling2_loop_text": {"num_hidden_layers": 24},
@@ -69,9 +69,10 @@ _ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "vision-encoder-decoder": {"encoder": _VIT, "decoder": _BERT},
     "vision-text-dual-encoder": {"vision_config": _VIT, "text_config": _BERT},
-    "videomae": {"image_size": 32},  # the table of positions is computed even without weights
+    # transformers computes the table of positions even on the meta device
+    "videomae": {"image_size": 32},
 }
-"""Arguments without which a config of a type describes no model that can be built."""
+"""Arguments that a config of each type needs before a model can be built from the config."""
 _PUBLISHED: Mapping[str, tuple[tuple[str, str], ...]] = {
     "kimi_k25": (
         ("language_model.model.blocks.", "language_model.model.layers."),
@@ -85,14 +86,14 @@ NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def registry() -> Mapping[str, list[Any]]:
-    """Return all conversion tables, by model type or class name."""
+    """Return all conversion tables by model type or class name."""
     conversion_mapping.get_checkpoint_conversion_mapping("llama")
     tables: Mapping[str, list[Any]] = conversion_mapping._checkpoint_conversion_mapping_cache
     return tables
 
 
 def candidates() -> Iterator[Any]:
-    """Yield the classes that a conversion table concerns, and the classes around them."""
+    """Yield the classes that have a conversion table, and the classes that contain such a class."""
     tables = registry()
     names = {name for name in tables if hasattr(transformers, name)}
     names |= {name for name in dir(transformers) if name.endswith("Model")}
@@ -111,7 +112,7 @@ def candidates() -> Iterator[Any]:
 
 
 def _is_concerned(config: Any, tables: Mapping[str, Any]) -> bool:
-    """Say whether a table concerns the type of a model or of a part, which may be of any type."""
+    """Say whether a table is for the type of the model, or for the type of any of its parts."""
     parts = getattr(config, "sub_configs", {}).values()
     return transformers.AutoConfig in parts or not tables.keys().isdisjoint(_types(config))
 
@@ -125,7 +126,7 @@ def _types(config: Any, seen: tuple[Any, ...] = ()) -> Iterator[str]:
 
 @contextmanager
 def without_initial_values() -> Iterator[None]:
-    """Let layers draw no initial values, which take half of the time even on the meta device."""
+    """Skip the initialization of layers, which takes half of the time even on the meta device."""
     layers = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
     with ExitStack() as patches:
         for layer in layers:
@@ -134,7 +135,7 @@ def without_initial_values() -> Iterator[None]:
 
 
 def build(model_class: Any) -> Any:
-    """Build a model without memory for its weights; None if its config describes none."""
+    """Build a model on the meta device; return None if the class's config describes no model."""
     config = model_class.config_class
     given = _ARGUMENTS.get(getattr(config, "model_type", ""), {})
     for arguments in ({"num_hidden_layers": 2, **given}, given):
@@ -152,14 +153,14 @@ class Walk:
     """The results of building every class with a conversion table.
 
     Attributes:
-        met: the classes and model types that were built, alone or as a part.
-        renames: template in memory by template in the files, of classes whose layers are found in
-            no other way; by model type, and by whether the class has no head.
-        wrong: why the layers of a class are not found in its files, by the class's name.
-        lost: the other tensors of a class that are not found in its files: name in the files by
-            name in memory, by the class's name.
-        loras: for each linear layer, whether PEFT loads a LoRA under the layer's name; by the
-            class's name and the model type.
+    met: the classes and model types that were built, alone or as a part of another model.
+    renames: name templates in memory by name templates in the files, for classes whose layers are
+    found only by renames; by model type, and by whether the class has no head.
+    wrong: why the layers of a class are not found in the class's files, by class name.
+    lost: the other tensors of a class that are not found in the class's files: name in the files
+    by name in memory, by class name.
+    loras: for each linear layer, whether PEFT loads a LoRA under the layer's name; by class name
+    and model type.
     """
 
     met: set[str] = field(default_factory=set)
@@ -170,7 +171,7 @@ class Walk:
 
 
 def in_files(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Return the name in the files of each tensor that is only renamed, by its name in memory."""
+    """Return the name in the files of each tensor that is only renamed, by name in memory."""
     steps = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
     steps = [step for step in steps if not isinstance(step, loading.PrefixChange)]
     back = [step.reverse_transform() for step in reversed(steps)]
@@ -196,7 +197,7 @@ def others_in_files(model: Any, weights: Collection[str]) -> dict[str, str]:
 
 
 def walk() -> Walk:
-    """Build every class that a table concerns, and compare our renames with transformers'."""
+    """Build every class that a table is for, and compare our renames with transformers'."""
     result = Walk()
     for model_class in candidates():
         model = build(model_class)
@@ -210,7 +211,7 @@ def walk() -> Walk:
 
 
 def _loras(model: Any) -> dict[str, bool]:
-    """Say of each linear layer whether PEFT loads a LoRA under the name that PEFT saved."""
+    """Return for each linear layer whether PEFT loads a LoRA under the name that PEFT saved."""
     prefix, end = "base_model.model.", ".lora_A.weight"
     modules = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
     if conversion_mapping.get_checkpoint_conversion_mapping(model.config.model_type) is None:
@@ -226,7 +227,7 @@ def _loras(model: Any) -> dict[str, bool]:
     for module in modules:
         saved = f"{prefix}{module}{end}"
         name, converted = loading.rename_source_key(saved, renamings, converters)
-        # PEFT takes a name back that only lost its beginning.
+        # PEFT also accepts a name that only lost its beginning.
         found[module] = converted is not None or saved.endswith(name.replace(".default", ""))
     return found
 
@@ -262,7 +263,7 @@ def _compare(model: Any, result: Walk) -> None:
 
 
 def _published(kind: str, table: Mapping[str, str]) -> dict[str, str]:
-    """Return a table with the names of the published files; empty if the names are the same."""
+    """Return a table with the names of the published files; empty if no name differs."""
     found = {}
     for files, memory in table.items():
         name = files
@@ -273,9 +274,10 @@ def _published(kind: str, table: Mapping[str, str]) -> dict[str, str]:
 
 
 def _paths(tensors: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Return the two paths of each tensor's module, or the two names of the tensor.
+    """Return two paths for each tensor: those of the module, or the full names of the tensor.
 
-    A module has a path of its own if all of its tensors, and no others, keep their last part.
+    The paths of the module serve if all tensors of the module, and no other tensors, keep the last
+    part of their names.
     """
     pairs = {(_module(memory), _module(files)) for memory, files in tensors.items()}
     in_memory, on_disk = (Counter(side) for side in zip(*pairs, strict=True)) if pairs else ({}, {})
@@ -293,7 +295,7 @@ def _module(name: str) -> str:
 
 
 def _add(table: dict[str, str], tables: list[dict[str, str]]) -> None:
-    """Join a table with the first table that contradicts no entry, in either direction."""
+    """Join a table with the first table that agrees with every entry, in both directions."""
     for other in tables:
         both = {*table.items(), *other.items()}
         if len(both) == len(table | other) == len({memory for _, memory in both}):
@@ -303,11 +305,12 @@ def _add(table: dict[str, str], tables: list[dict[str, str]]) -> None:
 
 
 def _rows(pairs: Collection[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
-    """Return for each pair of a path in memory and a path in the files the two templates.
+    """Return two templates for each pair of a path in memory and a path in the files.
 
-    # stands for numbers that the two paths have in the same order. Any other number is a name.
-    Templates are right if each pair fits both templates with the same numbers, or neither. A path
-    that belongs to two pairs has no right templates.
+    In a template, # stands for numbers that the two paths share in the same order. Any other number
+    is part of a name. Two templates are right if each pair of paths either fits both templates with
+    the same numbers, or fits neither template. A path that belongs to two pairs has no right
+    templates.
     """
     alike: dict[str, list[tuple[str, str]]] = {}
     for pair in pairs:
@@ -327,7 +330,7 @@ def _rows(pairs: Collection[tuple[str, str]]) -> dict[tuple[str, str], tuple[str
 
 
 def _possible_rows(memory: str, files: str) -> Iterator[tuple[str, str]]:
-    """Yield all pairs of templates for two paths: most # first, first numbers first."""
+    """Yield all pairs of templates for two paths: most # first, then first numbers first."""
     ours, theirs = memory.split("."), files.split(".")
     here, there = (_places_of_numbers(path) for path in (ours, theirs))
     for size in range(min(len(here), len(there)), -1, -1):
@@ -384,7 +387,7 @@ def _base(
 
 
 def mismatch(weights: Mapping[str, str], config: Mapping[str, object]) -> str:
-    """Return why a layer of a model is not found in the files; an empty text if all are found."""
+    """Return why a layer of a model is not found in the files; empty if all layers are found."""
     try:
         match = match_modules(_sizes(weights), _base(weights, config))
     except CheckpointError as error:

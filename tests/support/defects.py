@@ -1,7 +1,7 @@
-"""Every way to spoil a good adapter, made by code: no blob of a stranger lies in the repository.
+"""Defects of a good adapter, each made by code, so the repository holds no hostile file.
 
-A defect is a function that makes the good adapter in a folder bad. The code is the only rule that
-the bad adapter breaks. The name of the function names the change.
+A defect is a function that spoils the good adapter in a folder. The defect's code names the one
+rule that the spoiled adapter breaks. The name of the function names the change.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ Spoiler = Callable[[Path], None]
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """One way to spoil a folder, and the code of the rule that it breaks.
+    """A way to spoil a folder, and the code of the rule that the spoiled folder breaks.
 
     Attributes:
-        on: what the folder holds before: an adapter, or a base model.
-        posix: it needs pipes, sockets or links that an ordinary user of Windows cannot make.
+    on: the content of the good folder: an adapter, or a base model.
+    posix: whether the defect needs pipes, sockets or links that an ordinary user of Windows cannot
+    make.
     """
 
     code: str
@@ -40,12 +41,12 @@ class Defect:
 
     @property
     def name(self) -> str:
-        """Code and function: the name of a test."""
+        """The name of the test: the code and the name of the function."""
         return f"{self.code}-{self.spoil.__name__}"
 
     @property
     def possible(self) -> bool:
-        """Whether this system can have it."""
+        """Whether this system can make the defect."""
         return os.name == "posix" or not self.posix
 
 
@@ -70,7 +71,7 @@ def _register(code: str, cases: Mapping[str, Any], make: Callable[[Any], Spoiler
         defect(code)(spoil)
 
 
-# --- what the defects are made with --------------------------------------------------------------
+# --- functions that make a spoiler ---------------------------------------------------------------
 
 
 def edit_config(folder: Path, edit: Callable[[bytes], bytes]) -> None:
@@ -86,7 +87,7 @@ def split_weights(folder: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def join_weights(folder: Path, header: bytes | Mapping[str, Any], data: bytes) -> None:
-    """Write header and data as they are, with the right length before them."""
+    """Write a header and data unchanged, after the right length of the header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data)
 
@@ -102,7 +103,7 @@ def edit_header_text(edit: Callable[[bytes], bytes]) -> Spoiler:
 
 
 def edit_entry(**fields: Any) -> Spoiler:
-    """Return a spoiler that changes fields of one tensor's entry; `...` drops one."""
+    """Return a spoiler that changes fields of one tensor's entry; `...` deletes the field."""
 
     def spoil(folder: Path) -> None:
         header, data = split_weights(folder)
@@ -116,7 +117,7 @@ def edit_entry(**fields: Any) -> Spoiler:
 
 
 def replace_entry(entry: object) -> Spoiler:
-    """Return a spoiler that puts something else in the place of a tensor's entry."""
+    """Return a spoiler that replaces a tensor's entry."""
 
     def spoil(folder: Path) -> None:
         header, data = split_weights(folder)
@@ -127,7 +128,7 @@ def replace_entry(entry: object) -> Spoiler:
 
 
 def append_tensors(*entries: tuple[str, list[int], int, int], fill: int = 0) -> Spoiler:
-    """Return a spoiler that appends entries: dtype, shape, begin and end behind the last byte."""
+    """Return a spoiler that appends an entry; begin and end count from the last byte."""
 
     def spoil(folder: Path) -> None:
         header, data = split_weights(folder)
@@ -144,12 +145,12 @@ def _any_name(header: Mapping[str, Any]) -> str:
 
 
 def replace_weights(content: bytes) -> Spoiler:
-    """Return a spoiler that puts other bytes under the name of the weights."""
+    """Return a spoiler that replaces the weight file by these bytes."""
     return lambda folder: _ignore((folder / WEIGHTS).write_bytes(content))
 
 
 def replace_config(content: bytes) -> Spoiler:
-    """Return a spoiler that puts other bytes under the name of the config."""
+    """Return a spoiler that replaces the config by these bytes."""
     return lambda folder: _ignore((folder / CONFIG).write_bytes(content))
 
 
@@ -158,12 +159,12 @@ def _ignore(_: object) -> None:
 
 
 def with_field(text: bytes) -> Spoiler:
-    """Return a spoiler that puts the text of one more field into the config."""
+    """Return a spoiler that adds the text of a field to the config."""
     return lambda folder: edit_config(folder, lambda old: b"{" + text + b"," + old[1:])
 
 
 def _outside(folder: Path, name: str) -> Path:
-    """Move a file out of its folder and return where it went."""
+    """Move a file out of its folder, and return the new path."""
     target = folder.with_name(folder.name + "-outside")
     target.mkdir()
     return Path(shutil.move(folder / name, target / name))
@@ -241,7 +242,7 @@ def weights_link_out_through_a_folder(folder: Path) -> None:
 @defect("V003", posix=True)
 def config_claims_a_terabyte(folder: Path) -> None:
     with (folder / CONFIG).open("r+b") as file:
-        file.truncate(1 << 40)  # sparse: it takes no room
+        file.truncate(1 << 40)  # sparse: the file takes no room on the disk
 
 
 @defect("V003")
@@ -254,7 +255,7 @@ _register("V004", {"weights_are_empty": b""}, replace_weights)
 
 
 def _shard_named(name: str) -> Spoiler:
-    """Return a spoiler that has a base's index name a shard so."""
+    """Return a spoiler that changes the name of a shard in the index of a base."""
 
     def spoil(folder: Path) -> None:
         index = {"metadata": {"total_size": 0}, "weight_map": {"lm_head.weight": name}}
@@ -543,7 +544,7 @@ _register(
 def header_really_has_more_than_100_megabytes(folder: Path) -> None:
     with (folder / WEIGHTS).open("r+b") as file:
         file.write((100_000_001).to_bytes(8, "little"))
-        file.truncate(200_000_000)  # sparse: it takes no room
+        file.truncate(200_000_000)  # sparse: the file takes no room on the disk
 
 
 @defect("V035")
@@ -600,7 +601,7 @@ _register(
 _register(
     "V041",
     {
-        "entry_is_a_list": ["F32", [16], [0, 64]],  # serde takes it for a whole entry
+        "entry_is_a_list": ["F32", [16], [0, 64]],  # serde reads the list as a whole entry
         "entry_is_null": None,
         "entry_is_a_text": "F32",
         "entry_is_a_number": 1,
@@ -636,7 +637,7 @@ _register(
         "dtype_is_empty": "",
         "dtype_is_a_number": 32,
         "dtype_is_null": None,
-        "dtype_is_an_object": {"F32": None},  # serde takes it for F32
+        "dtype_is_an_object": {"F32": None},  # serde reads the object as F32
         "dtype_is_a_list": ["F32"],
     },
     lambda dtype: edit_entry(dtype=dtype),
@@ -760,7 +761,7 @@ _register(
 
 @defect("V053", posix=True)
 def a_terabyte_is_appended(folder: Path) -> None:
-    os.truncate(folder / WEIGHTS, 1 << 40)  # sparse: it takes no room
+    os.truncate(folder / WEIGHTS, 1 << 40)  # sparse: the file takes no room on the disk
 
 
 def _named(name: str) -> Spoiler:

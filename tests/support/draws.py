@@ -30,7 +30,7 @@ STORED: Mapping[str, Any] = {
 
 
 def as_peft_stored(variant: Variant, base: str, dtype: str) -> dict[str, NDArray[Any]] | None:
-    """A and B as PEFT draws, rounds and stores them; None if that type would change values."""
+    """Return A and B as PEFT draws, rounds and stores both; None if `dtype` would change values."""
     pair = Draw(variant, key=KEY, rank=RANK, in_features=HIDDEN, out_features=16).matrices()
     kind = np.dtype(STORED[dtype])
     cast = [rounded(matrix, ROUNDINGS[base]) for matrix in pair]

@@ -1,4 +1,4 @@
-"""The delta of a layer in float64, which every other result is compared with."""
+"""Compute the delta of a layer in float64, as the reference for every other result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Look at adapters' folders before and after a conversion."""
+"""Read an adapter's folder before and after a conversion."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from vera_convert.errors import CheckpointError
 CONFIG_NAME, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 DATA = Path(__file__).parents[1] / "data"
-"""The folders that real PEFT and PyTorch wrote."""
+"""The folders of files that real PEFT and PyTorch wrote."""
 
 
-def everything(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder by its relative name."""
+def bytes_by_name(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file below a folder by relative name."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -32,18 +32,18 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def weights(folder: Path) -> dict[str, NDArray[Any]]:
-    """The adapter's tensors, as the safetensors library reads them."""
+    """Return the adapter's tensors, as the safetensors library reads them."""
     return load_file(folder / WEIGHTS)
 
 
 def metadata(folder: Path) -> dict[str, str]:
-    """The metadata of the adapter's weights."""
+    """Return the metadata of the adapter's weight file."""
     with safe_open(folder / WEIGHTS, "np") as file:
         return dict(file.metadata())
 
 
 def base_of(folder: Path) -> BaseOptions:
-    """The base that a fixture was made on."""
+    """Return the base that a fixture was made for."""
     expected = json.loads((folder / "expected.json").read_bytes())
     return BaseOptions(str(DATA / "fixtures" / expected["base"]))
 
@@ -54,7 +54,7 @@ def codes(result: Conversion) -> set[str]:
 
 
 def refusal(act: Callable[[], object]) -> str:
-    """The one code that an act is refused with."""
+    """Return the one code with which a call is refused."""
     with pytest.raises(CheckpointError) as caught:
         act()
     (finding,) = caught.value.findings

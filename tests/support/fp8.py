@@ -1,4 +1,4 @@
-"""A base with fp8 weights and their scales, and the values of that base."""
+"""A base with fp8 weights and scales, and the dequantized values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def fp8_base(
     change: Mapping[str, NDArray[Any] | None] | None = None,
     config: Mapping[str, object] = CONFIG,
 ) -> Arrays:
-    """Write a Llama whose weights that end in `only` are fp8; return the values in float32."""
+    """Write a Llama whose weights that end in `only` are fp8; return all weights in float32."""
     values = np.random.default_rng(0)
     stored: Arrays = {}
     values_of: Arrays = {}

@@ -1,10 +1,10 @@
 """Hostile adapters and bases, each with the expected outcome of every command.
 
-Code makes all of the cases. The catalog of defects gives many; this module adds attacks on readers,
-absurd sizes, names and texts that act on a terminal, and hostile bases.
+Code makes all cases. Many cases come from the catalog of defects. This module adds attacks on
+readers, absurd sizes, names and texts that change a terminal, and hostile bases.
 
-Every command refuses a defect that shows when the adapter is opened with the same code. Other
-outcomes are written down by hand, with the reason.
+If a defect shows when the adapter is opened, every command refuses the adapter with the same code.
+Other outcomes are written by hand, with the reason.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ COMMANDS = ("validate", "info", "strip", "embed", "migrate", "merge", "to-lora")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a command has to end.
+    """The expected end of a command.
 
     Attributes:
-        status: its exit status.
-        code: the rule that it names as the reason, or warns of; empty where it says nothing.
+    status: the exit status.
+    code: the code that the command refuses with or warns of; empty if the command reports nothing.
     """
 
     status: int
@@ -80,32 +80,32 @@ class Outcome:
 
 
 ACCEPT = Outcome(0)
-"""It does its work and has nothing to say."""
+"""The command succeeds and reports nothing."""
 SURROUNDINGS = Outcome(3)
-"""The command names the fault of the machine: no space, no permission, a file that changes."""
+"""The command names a fault of the machine: no space, no permission, a file that changes."""
 
 
 def reject(code: str) -> Outcome:
-    """It refuses, and names this rule first."""
+    """The command refuses, and names this rule first."""
     return Outcome(1, code)
 
 
 def warn(code: str) -> Outcome:
-    """It does its work, and warns of this or notes it."""
+    """The command succeeds, and reports this rule as a warning or a note."""
     return Outcome(0, code)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One hostile adapter, or a good one with a hostile base.
+    """A hostile adapter, or a good adapter with a hostile base.
 
     Attributes:
-        name: of the test.
-        build: spoils the good adapter, or the good base, in the folder that it gets.
-        outcomes: what each command makes of it; one that is left out is not run.
-        why: the reason for the outcomes that were written by hand.
-        on: what is spoiled: ``adapter``; ``base``, of one file; or ``shards``, a base of three.
-        posix: it needs pipes, sockets, links or modes.
+    name: the name of the test.
+    build: a function that spoils the good adapter, or the good base, in a folder.
+    outcomes: the expected outcome of each command; a command without an outcome does not run.
+    why: the reason for outcomes that were written by hand.
+    on: the spoiled folder: ``adapter``; ``base``, with one file; or ``shards``, with three files.
+    posix: whether the case needs pipes, sockets, links or modes.
     """
 
     name: str
@@ -120,12 +120,12 @@ CASES: list[Case] = []
 
 
 def everywhere(outcome: Outcome, **differing: Outcome) -> dict[str, Outcome]:
-    """Return the same outcome for every command but those that are named."""
+    """Return one outcome for every command; keywords give other outcomes for some commands."""
     named = {command.replace("_", "-"): each for command, each in differing.items()}
     return {**dict.fromkeys(COMMANDS, outcome), **named}
 
 
-# --- what the catalog of defects spoils --------------------------------------------------------
+# --- cases from the catalog of defects -----------------------------------------------------------
 
 MENDED = "migrate brings it to the current form"
 NO_VALUES = "info reads no values"
@@ -151,7 +151,7 @@ BY_HAND: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
         )
     },
 }
-"""The outcomes that differ, for defects that show when an adapter is opened."""
+"""The outcomes that differ from a refusal, for defects that show when an adapter is opened."""
 
 
 def _derived(defect: Defect) -> Case:
@@ -267,7 +267,7 @@ FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
     ),
     "V419-what_was_dropped_is_drawn_otherwise": (VALIDATE_ALONE, {"validate": warn("V419")}),
 }
-"""Of what does not show on opening: what each command makes of it; a command left out accepts."""
+"""The reason and the outcomes of defects that show after opening; other commands accept."""
 
 CASES += [
     Case(defect.name, defect.spoil, everywhere(ACCEPT) | {**outcomes}, why, posix=defect.posix)
@@ -276,7 +276,7 @@ CASES += [
     if outcomes
 ]
 
-# --- what is added to it -------------------------------------------------------------------------
+# --- further cases -------------------------------------------------------------------------------
 
 
 def hostile(
@@ -287,14 +287,14 @@ def hostile(
     on: str = "adapter",
     posix: bool = False,
 ) -> None:
-    """Register cases of one table that end in the same way."""
+    """Register the cases of a table; all of these cases have the same outcomes."""
     CASES.extend(Case(name, build, outcomes, why, on, posix) for name, build in cases.items())
 
 
 def hostile_case(
     outcomes: Mapping[str, Outcome], why: str = "", *, on: str = "adapter", posix: bool = False
 ) -> Callable[[Spoiler], Spoiler]:
-    """Register a function as a case of its own."""
+    """Register a function as a case."""
 
     def register(build: Spoiler) -> Spoiler:
         CASES.append(Case(build.__name__, build, outcomes, why, on, posix))
@@ -304,18 +304,18 @@ def hostile_case(
 
 
 def only(outcomes: Mapping[str, Outcome], *commands: str) -> dict[str, Outcome]:
-    """Return the outcomes of some commands, where a case takes long and the others tell no more."""
+    """Return the outcomes of some commands, for slow cases in which other commands add nothing."""
     return {command: outcomes[command] for command in commands}
 
 
 REFUSED = {code: everywhere(reject(code)) for code in CATALOG}
-"""Refused by every command with this code."""
+"""Every command refuses with this code."""
 WARNED = {code: everywhere(warn(code)) for code in CATALOG}
 HARMLESS = everywhere(ACCEPT)
 
 
-def told(code: str, *also: str, **others: Outcome) -> dict[str, Outcome]:
-    """Return that `validate` (and others) warn, and the rest accepts."""
+def warned_by_validate(code: str, *also: str, **others: Outcome) -> dict[str, Outcome]:
+    """Return outcomes in which `validate` and the other named commands warn; the rest accepts."""
     return everywhere(ACCEPT, **dict.fromkeys(("validate", *also), warn(code)), **others)
 
 
@@ -327,7 +327,7 @@ def metadata(entries: Mapping[str, str]) -> Spoiler:
 def header_of(
     entries: Iterable[tuple[str, str, Sequence[int], int]], *, metadata: object = None
 ) -> Spoiler:
-    """Return a spoiler that writes name, dtype, shape and bytes of tensors; the data is sparse."""
+    """Return a spoiler that writes name, dtype, shape and size of tensors; the data is sparse."""
 
     def spoil(folder: Path) -> None:
         header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
@@ -344,7 +344,7 @@ def header_of(
 
 
 def of_rank_one(layers: int) -> list[tuple[str, str, Sequence[int], int]]:
-    """Return the entries of the smallest adapter with so many layers."""
+    """Return the entries of the smallest adapter with this number of layers."""
     pair = [(A, "F32", (1, HIDDEN), 4 * HIDDEN), (B, "F32", (HIDDEN, 1), 4 * HIDDEN)]
     return pair + [
         (f"base_model.model.model.layers.{number}.self_attn.q_proj.{name}", "F32", (1,), 4)
@@ -443,7 +443,8 @@ def weights_link_to_what_this_process_holds(folder: Path) -> None:
 @hostile_case(REFUSED["V001"], posix=True)
 def weights_are_a_device(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
-    os.mknod(folder / WEIGHTS, 0o020666, os.makedev(1, 5))  # as /dev/zero; only root may
+    # only root can make a device such as /dev/zero
+    os.mknod(folder / WEIGHTS, 0o020666, os.makedev(1, 5))
 
 
 @hostile_case(REFUSED["V001"], posix=True)
@@ -463,7 +464,7 @@ def _bind(folder: Path, name: str) -> None:
 
 
 def _shut(name: str) -> Spoiler:
-    """Return a spoiler that takes away the right to read; root reads everything."""
+    """Return a spoiler that removes the permission to read; root can read every file."""
 
     def spoil(folder: Path) -> None:
         (folder / name).chmod(0)
@@ -481,11 +482,11 @@ hostile(
     posix=True,
 )
 
-# --- what lies beside it -------------------------------------------------------------------------
+# --- other files in the folder -------------------------------------------------------------------
 
 
 def beside(name: str, content: bytes = b"text") -> Spoiler:
-    """Return a spoiler that puts a file beside the weights."""
+    """Return a spoiler that writes a file into the folder of the weights."""
 
     def spoil(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -495,12 +496,12 @@ def beside(name: str, content: bytes = b"text") -> Spoiler:
 
 
 def linked(name: str, target: str) -> Spoiler:
-    """Return a spoiler that puts a link beside the weights."""
+    """Return a spoiler that puts a link into the folder of the weights."""
     return lambda folder: (folder / name).symlink_to(target)
 
 
 hostile(
-    told("V007"),
+    warned_by_validate("V007"),
     {
         "a_side_file_links_to_the_passwords": linked("notes.txt", "/etc/passwd"),
         "a_side_file_links_to_an_endless_device": linked("notes.txt", "/dev/zero"),
@@ -569,7 +570,7 @@ def adapters_lie_in_folders_with_names_that_act(folder: Path) -> None:
 
 
 def sparse(path: Path, size: int) -> None:
-    """Make a file that claims `size` bytes and takes no room."""
+    """Make a file of `size` bytes that takes no room on the disk."""
     with path.open("wb") as file:
         file.truncate(size)
 
@@ -578,7 +579,7 @@ def sparse(path: Path, size: int) -> None:
 
 
 def plain_header(entries: Mapping[str, object], data: bytes = b"") -> Spoiler:
-    """Return a spoiler that writes a header as it is."""
+    """Return a spoiler that writes a header unchanged."""
     return lambda folder: join_weights(folder, entries, data)
 
 
@@ -590,7 +591,7 @@ def _zip_in_a_tensor(folder: Path) -> None:
     added({"base_model.model.payload": np.frombuffer(b"PK\x03\x04" + bytes(60), np.uint8)})(folder)
 
 
-# The tests and the folder attacks/ of the safetensors repository, and the audit of it.
+# These cases follow the tests, the folder attacks/ and the audit of the safetensors repository.
 hostile(
     REFUSED["V050"],
     {
@@ -863,7 +864,7 @@ hostile(
     "a field without an effect on any result is copied unchanged",
 )
 hostile(
-    told("V123"),
+    warned_by_validate("V123"),
     {
         "revision_is_a_path": fields({"revision": "../../../etc/passwd"}),
         "revision_acts_on_a_terminal": fields({"revision": "main\n\x1b[2J\u202e"}),
@@ -871,7 +872,7 @@ hostile(
     "git allows no such revision, so it is never asked for",
 )
 hostile(
-    told("V229"),
+    warned_by_validate("V229"),
     {
         "targets_are_ten_thousand": fields(
             {"target_modules": ["q_proj", "v_proj", *(f"x{n}" for n in range(9_998))]}
@@ -885,7 +886,7 @@ hostile(
     "a base has no such layers either",
 )
 hostile(
-    told("V120"),
+    warned_by_validate("V120"),
     {
         "base_is_a_device": fields({"base_model_name_or_path": "/dev/zero"}),
         "base_is_a_way_up": fields({"base_model_name_or_path": "../" * 100 + "etc"}),
@@ -1171,7 +1172,7 @@ hostile(
 
 
 def _of_bits(name: str, bits: int, dtype: type, width: type) -> Spoiler:
-    """Return a spoiler that gives the last value of a tensor these bits, in this type."""
+    """Return a spoiler that sets the bits of a tensor's last value, after a cast to this dtype."""
 
     def edit(stored: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         values: NDArray[Any] = stored[name].astype(dtype)
@@ -1194,7 +1195,7 @@ BITS = {
     "a_nan_of_float64": (0x7FF0000000000001, np.float64, np.uint64),
 }
 for _what, (_bits, _dtype, _width) in BITS.items():
-    # A warning of mixed types goes with those that are not float32.
+    # Vectors that are not float32 also bring the warning about mixed dtypes.
     _tolerated = ACCEPT if _dtype is np.float32 else warn("V207")
     hostile(
         everywhere(reject("V301"), info=_tolerated),
@@ -1222,7 +1223,7 @@ hostile(
     NO_VALUES,
 )
 
-# --- names and texts that act on a terminal, or hide ----------------------------------------------
+# --- names and texts that change a terminal, or hide ---------------------------------------------
 
 ACTING = {
     "turns_the_direction": "\u202egpj.x\u202c",
@@ -1249,7 +1250,7 @@ ACTING = {
     "varies_an_emoji": "a\ufe0f\U000e0100",
     "deletes": "a\x7fb",
 }
-"""The effects of a text on a terminal, with a sample of each."""
+"""A sample of text for each effect on a terminal."""
 
 for _what, _text in ACTING.items():
     hostile(
@@ -1314,7 +1315,7 @@ hostile(
 # --- hostile bases -------------------------------------------------------------------------------
 
 NO_ENDING = frozenset(f"V005-index_names_a_shard_unsafely_{n}" for n in (0, 1, 9, 10, 14, 15))
-"""They do not end as a safetensors file does, so that they are refused before they are a path."""
+"""Names without the ending of a safetensors file; V506 refuses these before any path is checked."""
 
 CASES += [
     Case(
@@ -1330,7 +1331,7 @@ CASES += [
 
 
 def base_config(document: object) -> Spoiler:
-    """Return a spoiler that replaces a base's config by bytes, or by a value as JSON."""
+    """Return a spoiler that replaces a base's config by bytes, or by the JSON of a value."""
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
     return beside("config.json", text)
 
@@ -1341,7 +1342,7 @@ def llama(**more: object) -> Spoiler:
 
 
 def indexed(edit: Callable[[dict[str, Any]], object]) -> Spoiler:
-    """Return a spoiler that edits the index of shards; what `edit` returns takes its place."""
+    """Return a spoiler that edits the index of shards; a result of `edit` becomes the index."""
 
     def spoil(folder: Path) -> None:
         document = json.loads((folder / INDEX).read_bytes())
@@ -1351,12 +1352,12 @@ def indexed(edit: Callable[[dict[str, Any]], object]) -> Spoiler:
 
 
 def mapped(**shards: str) -> Spoiler:
-    """Return a spoiler that names shards of further tensors."""
+    """Return a spoiler that adds tensors and their shards to the index."""
     return indexed(lambda document: document["weight_map"].update(shards))
 
 
 def in_place_of(name: str, make: Callable[[Path], object]) -> Spoiler:
-    """Return a spoiler that puts something else where a file is."""
+    """Return a spoiler that replaces a file by something else."""
 
     def spoil(folder: Path) -> None:
         (folder / name).unlink()
@@ -1637,7 +1638,7 @@ hostile(
 
 
 def with_tokenizer(folder: Path, **files: object) -> None:
-    """Put a tokenizer beside the weights, with added tokens and further fields."""
+    """Put a tokenizer with added tokens and further fields into the folder of the weights."""
     (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 3}]}))
     for name, document in files.items():
         (folder / f"{name}.json").write_text(json.dumps(document))

@@ -1,10 +1,10 @@
-"""A stand-in for the Hub on this machine: repos with commits, files by range, and its failures.
+"""A stand-in for the Hub on this machine: repos with commits, files by range, and failures.
 
 with HubServer() as hub:
-    commit = hub.add("org/name", {"config.json": b"{}"})
-    hub.failures = [503, 0, Fault("reset"), Fault(429, {"Retry-After": "1"})]
-    ... HF_ENDPOINT=hub.url ...
-    hub.requests, hub.bytes_served
+commit = hub.add("org/name", {"config.json": b"{}"})
+hub.failures = [503, 0, Fault("reset"), Fault(429, {"Retry-After": "1"})]
+... HF_ENDPOINT=hub.url ...
+hub.requests, hub.bytes_served
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from typing import Literal, Self
 from urllib.parse import unquote, urlsplit
 
 SHOWN = 100
-"""How much of a long body a server that breaks off sends."""
+"""The number of bytes that a server sends before it cuts off a long body."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """How one request fails.
+    """The failure of one request.
 
     Attributes:
-        kind: the status of the answer; or the connection is reset, nothing comes for some seconds,
-            the body is cut off, or a byte of the headers comes now and then without end.
-        headers: further headers of the answer.
-        body: of the answer.
+    kind: the status of the answer; or "reset" for a reset connection, "silence" for some seconds
+    without an answer, "cut" for a body that ends early, "trickle" for slow headers without end.
+    headers: further headers of the answer.
+    body: the body of the answer.
     """
 
     kind: int | Literal["reset", "silence", "cut", "trickle"]
@@ -44,12 +44,12 @@ class Fault:
 
 
 SILENCE = 3.0
-"""For how many seconds nothing comes."""
+"""The seconds of a "silence"."""
 
 
 @dataclass
 class Repo:
-    """One model repo: files by commit, commits by branch, and who may see them."""
+    """A model repo: files by commit, commits by branch, and the token that opens the repo."""
 
     token: str | None = None
     gated: bool = False
@@ -63,23 +63,24 @@ class Repo:
 
 @dataclass
 class HubServer:
-    """Serves repos over HTTP until the context ends.
+    """Serve repos over HTTP until the context ends.
 
     Attributes:
-        ranges: whether range requests are answered with ranges.
-        sizes: whether sizes are told when files are listed, as a mirror may not.
-        elsewhere: send file content from another server, as the Hub does with large files.
-        hashes: whether hashes are stated when files are listed and sent.
-        signature: what the address of the other server is signed with.
-        failures: how the next requests for files fail, a status or a `Fault`; 0 cuts the body off.
-        info_failures: how the next requests for the description of a repo fail.
-        refused_token: a token that no account has.
-        damaged: files in whose middle one bit is sent wrong.
-        requests: method, path and range of each request for something of a repo.
-        authorizations: what each of them was authorized with.
-        addresses: the address of each as it was sent, its query included.
-        everything: the address of every request, whatever for.
-        bytes_served: bytes of all bodies sent.
+    ranges: whether a request for a range gets only that range.
+    sizes: whether a list of files states sizes; some mirrors do not.
+    elsewhere: another server that sends the content of files, as the Hub does for large files.
+    hashes: whether lists and answers state the hashes of files.
+    signature: the signature in the address of the other server.
+    failures: the failures of the next requests for files, each a status or a `Fault`; 0 cuts the
+    body off.
+    info_failures: the failures of the next requests for the description of a repo.
+    refused_token: a token that no account has.
+    damaged: the files that are sent with one wrong bit in the middle.
+    requests: method, path and range of each request for a file or a description.
+    authorizations: the Authorization header of each of these requests.
+    addresses: the address of each of these requests, with the query.
+    everything: the address of every request of any kind.
+    bytes_served: the number of bytes in all bodies sent.
     """
 
     ranges: bool = True
@@ -134,7 +135,7 @@ class HubServer:
         gated: bool = False,
         disabled: bool = False,
     ) -> str:
-        """Add a commit to a repo, move a ref to it, and return it."""
+        """Add a commit to a repo, move a ref to the commit, and return the commit."""
         repo = self.repos.setdefault(repo_id, Repo(token, gated, disabled))
         digest = sha1(usedforsecurity=False)
         for name, content in sorted(files.items()):
@@ -145,17 +146,17 @@ class HubServer:
         return commit
 
     def paths(self, method: str = "GET") -> list[str]:
-        """Return the paths that were asked for."""
+        """Return the paths of all requests."""
         return [path for used, path, _ in self.requests if used == method]
 
 
 def is_large(name: str) -> bool:
-    """Say whether the Hub stores a file of this name elsewhere than in git."""
+    """Say whether the Hub stores a file of this name outside git."""
     return name.endswith((".safetensors", ".bin", ".pt"))
 
 
 def stated(name: str, content: bytes) -> str:
-    """Return the hash that the Hub states: a SHA-256, or that of git's blob for small files."""
+    """Return the hash that the Hub states: SHA-256, or git's blob hash for a small file."""
     if is_large(name):
         return sha256(content).hexdigest()
     return sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
@@ -199,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.addresses.append(self.path)
 
     def _repo(self, repo_id: str) -> Repo | None:
-        """Return a repo that the caller may see, or refuse them."""
+        """Return a repo that the caller may see; otherwise send a refusal and return None."""
         self._note()
         repo = self.hub.repos.get(repo_id)
         given = self.headers.get("Authorization")
@@ -214,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _fails(self, failures: list[int | Fault]) -> bool:
-        """Fail as the next of the failures says; False if the request is to be answered."""
+        """Fail as the next entry of `failures` says; return False if no failure is due."""
         if not failures or self.command == "HEAD":
             return False
         fault = failures.pop(0)
@@ -237,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _trickle(self) -> None:
-        """Send a header without end, byte for byte, until the client or the test goes."""
+        """Send a header without end, byte by byte, until the client or the test closes."""
         self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
         with suppress(OSError):
             while not self.hub.closing.wait(0.05):

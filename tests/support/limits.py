@@ -1,4 +1,4 @@
-"""Limits of the time and memory that a command may take on a hostile file."""
+"""Limit the time and memory of a command on a hostile file."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from types import FrameType
 
 LIMIT_SECONDS = 30
-"""Far more than any case takes: the limit is there for those that would never end."""
+"""Far more seconds than any case takes; the limit ends cases that would run forever."""
 MOST_MEMORY = 400 << 20
-"""The limit of memory for reading a hostile file."""
+"""The most bytes that a command may allocate while reading a hostile file."""
 
 
 class TooLongError(BaseException):
-    """A command did not end in time; nothing in the package catches it."""
+    """A command did not end in time; no code in the package catches this exception."""
 
 
 @contextmanager
 def in_time() -> Iterator[None]:
-    """Stop what does not end, where the system has an alarm."""
+    """Stop the code in the context after `LIMIT_SECONDS`, on systems with an alarm."""
     if not hasattr(signal, "setitimer"):
         yield
         return
@@ -42,7 +42,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def memory(field: str) -> int:
-    """Return a field of this process in bytes, where the system tells; else 0."""
+    """Return a field of this process's status in bytes; 0 on systems without /proc."""
     try:
         found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text("ascii"), re.MULTILINE)
     except OSError:
@@ -52,9 +52,9 @@ def memory(field: str) -> int:
 
 @contextmanager
 def in_memory() -> Iterator[None]:
-    """Demand that no more memory is taken than is reasonable, where the system tells."""
+    """Check that the code in the context allocates less than `MOST_MEMORY`, where /proc exists."""
     try:
-        _RESET.write_text("5")  # the peak is counted anew
+        _RESET.write_text("5")  # the kernel starts to measure the peak again
     except OSError:
         yield
         return

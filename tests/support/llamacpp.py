@@ -1,4 +1,4 @@
-"""A tiny Llama in GGUF, and llama.cpp's server on it; needs the packages gguf and xllamacpp."""
+"""Write a tiny Llama as GGUF and run llama.cpp's server; needs the packages gguf and xllamacpp."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def gguf_base(base: Path, out: Path, words: Sequence[str] = ()) -> Path:
 
 
 def server(model: Path, adapter: Path | None) -> Any:
-    """Start llama.cpp's server inside this process, with flash attention off."""
+    """Start llama.cpp's server inside this process, without flash attention."""
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(model)

@@ -1,4 +1,4 @@
-"""Tiny bases with values, merges of these, and the expected results."""
+"""Make tiny bases with random values, merge adapters into these, compute expected tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 def filled_base(folder: Path, *, shards: int = 1, **changes: Any) -> Path:
     """Write `bases.tiny_base` with random values, in one file or in shards with an index.
 
-    A head that the config ties to the embedding has the embedding's values.
+    If the config ties the head to the embedding, the head has the embedding's values.
     """
     single = tiny_base(folder, **changes) / "model.safetensors"
     values = np.random.default_rng(1)
@@ -55,34 +55,34 @@ def filled_base(folder: Path, *, shards: int = 1, **changes: Any) -> Path:
 
 
 def merged_with(adapter: Path, base: Path, out: Path, **options: Any) -> Merge:
-    """Merge, with options by their names."""
+    """Merge an adapter into a base; keywords are the options of the merge and of the base."""
     key_map = options.pop("key_map", ())
     base_options = BaseOptions(str(base), key_map=key_map, dtype=options.pop("base_dtype", None))
     return merge(adapter, out, base=base_options, options=MergeOptions(**options))
 
 
 def tensors_of(folder: Path) -> Tensors:
-    """Every tensor of a model, read by the safetensors library."""
+    """Return every tensor of a model, as the safetensors library reads the files."""
     found: Tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)
     return found
 
 
-def change(adapter: Path, module: str, inputs: int) -> NDArray[Any]:
-    """The delta of one layer in float64, of an adapter with stored projections."""
+def exact_change(adapter: Path, module: str, inputs: int) -> NDArray[Any]:
+    """Return the delta of one layer in float64, for an adapter with stored projections."""
     stored = load_file(adapter / "adapter_model.safetensors")
     d, b = (stored[f"base_model.model.{module}.vera_lambda_{kind}"] for kind in "db")
     return exact_delta(stored["base_model.vera_A"], stored["base_model.vera_B"], d, b, inputs)
 
 
-def wanted(adapters: Mapping[Path, float], base: Path) -> Tensors:
-    """The expected tensors, for adapters whose layers have the base's names."""
+def expected_tensors(adapters: Mapping[Path, float], base: Path) -> Tensors:
+    """Return the expected tensors, for adapters whose layers have the base's names."""
     found = tensors_of(base)
     for name, weight in found.items():
         module = name.removesuffix(".weight")
         changes = [
-            factor * change(adapter, module, weight.shape[1])
+            factor * exact_change(adapter, module, weight.shape[1])
             for adapter, factor in adapters.items()
             if f"base_model.model.{module}.vera_lambda_b"
             in load_file(adapter / "adapter_model.safetensors")
@@ -93,7 +93,10 @@ def wanted(adapters: Mapping[Path, float], base: Path) -> Tensors:
 
 
 def assert_same(found: Tensors, expected: Tensors, *, within: float = 3e-7) -> None:
-    """Compare all tensors: names, dtypes, shapes, and values beside the largest of each."""
+    """Compare names, dtypes, shapes and values;
+
+    `within` is relative to each tensor's largest value.
+    """
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name

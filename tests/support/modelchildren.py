@@ -1,6 +1,7 @@
-"""Stand in for the child process that runs models, and end as the test demands.
+"""Stand in for the child process that runs models.
 
-Run as a module with the job on stdin. The text of the first sample names the way to end.
+The tests run this module with the job on stdin. The text of the first sample names the way in which
+the process ends.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RESULT = {
 }
 
 
-def say(**said: object) -> None:
+def send(**said: object) -> None:
     sys.stdout.write(json.dumps(said) + "\n")
     sys.stdout.flush()
 
@@ -46,14 +47,14 @@ def main() -> None:
     Path(job["found"], "environment").write_text(json.dumps(dict(os.environ)))
     Path(job["found"], "path").write_text(json.dumps(sys.path))
     Path(tempfile.mkdtemp(), "left").write_text("a copy of a tokenizer")
-    say(stage="run", done=1, of=5)
+    send(stage="run", done=1, of=5)
     match job["lines"][0]:
         case "answer":
-            say(result={**RESULT, "tokens": job["memory"]})
+            send(result={**RESULT, "tokens": job["memory"]})
         case "fail":
-            say(error="it cannot be built.")
+            send(error="it cannot be built.")
         case "usage":
-            say(error="Leave --text out.", is_usage=True)
+            send(error="Leave --text out.", is_usage=True)
         case "abort":
             os.kill(os.getpid(), signal.SIGABRT)
         case "leave":

@@ -1,4 +1,4 @@
-"""Packed layers in memory: read as a merge reads files, in blocks of any size."""
+"""Packed layers in memory, with the readers that a merge uses for files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = {dtype: name for name, dtype in NUMPY_DTYPE.items()}
 
 @dataclass(frozen=True)
 class Memory:
-    """Reads ranges of arrays, as a merge reads ranges of files."""
+    """Read ranges of arrays, as a merge reads ranges of files."""
 
     arrays: Mapping[str, Array]
 
@@ -43,7 +43,7 @@ def layer_of(
     dtype: str = "BF16",
     metadata: str | None = None,
 ) -> Layer:
-    """A layer that has these tensors."""
+    """Return a layer with these tensors."""
     infos = {
         name: TensorInfo(f"m.{name}", NAMES[array.dtype], array.shape, 0, array.nbytes)
         for name, array in arrays.items()
@@ -58,7 +58,7 @@ def decoded(
     settings: Mapping[str, object] | None = None,
     **more: Any,
 ) -> Array:
-    """All rows of the one weight of a layer, read as one block and as many: alike in every bit."""
+    """Return all rows of the layer's weight; check that blocks of any size give the same bits."""
     (weight,) = weights(layer_of(arrays, settings, **more))
     read = Memory({f"m.{name}": array for name, array in arrays.items()})
     for name, check in weight.checks.items():

@@ -1,4 +1,4 @@
-"""Wrap the same model by PEFT and by this package, and save both; needs torch and PEFT."""
+"""Wrap the same model with PEFT and with this package, and save both; needs torch and PEFT."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torchmodels import KINDS
 from vera_convert.with_torch import VeraConfig, VeraModel
 
 
-def both(kind: str, dtype: str = "float32", **fields: Any) -> tuple[Any, VeraModel]:
-    """Wrap the same model with PEFT and with this package, from the same seed."""
+def wrapped_twice(kind: str, dtype: str = "float32", **fields: Any) -> tuple[Any, VeraModel]:
+    """Wrap two copies of a model, one with PEFT and one with this package, from the same seed."""
     fields = {"r": 4, "init_weights": False, **KINDS[kind].config, **fields}
     torch.manual_seed(2)
     theirs = peft.get_peft_model(torchmodels.built(kind, dtype), peft.VeraConfig(**fields))

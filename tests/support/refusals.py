@@ -1,4 +1,4 @@
-"""The codes with which a call refuses a file."""
+"""Return the codes with which a call refuses a file."""
 
 from __future__ import annotations
 

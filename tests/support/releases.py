@@ -1,4 +1,4 @@
-"""Name the features of the installed torch, transformers and PEFT, for tests that need one."""
+"""Skip tests that need a newer torch, transformers or PEFT than the installed release."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from packaging.version import Version
 
 
 def has(library: str, release: str) -> bool:
-    """Whether a library is installed in this release or a later one."""
+    """Say whether a library is installed in this release or a later release."""
     try:
         return Version(Version(version(library)).base_version) >= Version(release)
     except PackageNotFoundError:
@@ -19,7 +19,7 @@ def has(library: str, release: str) -> bool:
 
 
 def needs(library: str, release: str, why: str) -> pytest.MarkDecorator:
-    """Skip a test where a library is older, and say why it needs the release."""
+    """Skip a test if a library is older than a release; `why` tells what the test needs."""
     return pytest.mark.skipif(
         not has(library, release), reason=f"needs {library} {release} or later: {why}"
     )
@@ -35,10 +35,10 @@ def of_transformers(name: str) -> Any:
 
 
 def resize_vocabulary(model: Any, rows: int) -> None:
-    """Resize the embeddings of a model; new rows get no mean of the old ones, if the class asks."""
+    """Resize a model's embeddings; new rows are not the mean of old rows if the class allows."""
     asks = "mean_resizing" in inspect.signature(model.resize_token_embeddings).parameters
     model.resize_token_embeddings(rows, **({"mean_resizing": False} if asks else {}))
 
 
 AS_STORED: dict[str, Any] = {"dtype" if has("transformers", "4.56") else "torch_dtype": "auto"}
-"""Tells transformers to keep the dtypes of the files."""
+"""The argument that makes transformers keep the dtypes of the files."""

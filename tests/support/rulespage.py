@@ -1,6 +1,6 @@
-"""The page docs/rules.md, made from the catalog of rules.
+"""Make the page docs/rules.md from the catalog of rules.
 
-Run as a script, it prints the page.
+Run as a script, this module prints the page.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _section(rule: Rule) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Escape what Markdown would take for markup, but for commands, which are shown as code."""
+    """Escape characters that are Markdown markup, except in commands, which are shown as code."""
     spans = re.split(r"(`[^`]*`)", re.sub(r'python -c ".*"', r"`\g<0>`", text))
     spans[::2] = [MARKUP.sub(r"\\\g<0>", span) for span in spans[::2]]
     return "".join(spans)

@@ -1,7 +1,8 @@
-"""A GitHub runner in small: the steps of `action.yml` run as the real one runs them.
+"""Run the steps of `action.yml` as a GitHub runner does.
 
-It does what this action needs and refuses anything else: inputs with their defaults, ``env`` of one
-expression each, ``shell: bash``, the files and folders that the runner names, the outputs of steps.
+The runner knows only the features that this action uses and refuses any other feature: inputs with
+defaults, ``env`` of one expression each, ``shell: bash``, the files and folders that the runner
+names, the outputs of steps.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BASH = ("bash", "--noprofile", "--norc", "-e", "-o", "pipefail")
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """How the action ended: the status of the step that failed, what all steps printed."""
+    """The end of the action: the status of the step that failed, and the output of all steps."""
 
     status: int
     log: str
@@ -37,12 +38,12 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """A runner with a workspace that has been checked out, and the action beside it.
+    """A runner with a checked-out workspace, and with the action in another folder.
 
     Attributes:
-        home: a folder of its own, which it fills.
-        action: the checkout of the action.
-        variables: of the job, over those of this process.
+    home: the folder that the runner fills.
+    action: the checkout of the action.
+    variables: variables of the job, which replace those of this process.
     """
 
     home: Path
@@ -60,7 +61,7 @@ class Runner:
         return self.home / "temp"
 
     def run(self, **inputs: str) -> Ran:
-        """Run every step until one fails; ``fail_on`` stands for the input ``fail-on``."""
+        """Run the steps until a step fails; ``fail_on`` is the value of the input ``fail-on``."""
         for folder in (self.workspace, self.temp, self.home / "files"):
             folder.mkdir(parents=True, exist_ok=True)
         values = {name: spec.get("default", "") for name, spec in ACTION["inputs"].items()}

@@ -1,6 +1,7 @@
-"""A schema for the part of SARIF 2.1.0 that this package writes; it allows nothing else.
+"""A strict schema for the part of SARIF 2.1.0 that this package writes.
 
-Written by hand from the standard, and stricter than the public schema: that may not be copied here.
+The schema was written by hand from the standard. The license of the public schema forbids a copy
+here, and the public schema is less strict.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ LEVEL: Schema = {"enum": ["error", "warning", "note"]}
 
 
 def record(**fields: Schema) -> Schema:
-    """An object that has all of these properties and no other."""
+    """Return the schema of an object that has all of these properties and no others."""
     return {
         "type": "object",
         "properties": fields,
@@ -38,7 +39,7 @@ RULE = record(
     defaultConfiguration=record(level=LEVEL),
     properties=record(since=TEXT),
 )
-# RFC 3986: what is no letter of a URI is percent-encoded, and a path is no scheme by accident.
+# RFC 3986: a URI percent-encodes every other character; a path must not look like a scheme.
 URI: Schema = {
     "type": "string",
     "pattern": r"^(?:(?:file|hf)://)?(?:[A-Za-z0-9._~/:@-]|%[0-9A-F]{2})+$",

@@ -1,4 +1,4 @@
-"""Small models of transformers with random weights, by the names of their classes."""
+"""Build small transformers models with random weights, by class name."""
 
 from __future__ import annotations
 

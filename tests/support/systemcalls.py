@@ -1,4 +1,4 @@
-"""A hand on every system call that publishing makes."""
+"""Run code of a test before and after every system call of publishing."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ CALLS = [
 def intercept(
     patch: Callable[[Any, str, object], None], act: Callable[[int, str, bool], None]
 ) -> None:
-    """Have `act(number, name, done)` called before and after each; what it raises, the call raises.
+    """Call `act(number, name, done)` before and after each system call.
 
-    The names of those that remove a tree begin with "removing: ".
+    If `act` raises an error, the system call raises the error. While a tree is removed, names begin
+    with "removing: ".
     """
     number, removing = 0, ""
 

@@ -1,4 +1,4 @@
-"""Terms of a sum, the sum by float64 arithmetic, and the sum that a workspace computes."""
+"""Terms of a sum, the expected sum in float64, and the sum that a workspace computes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def term(outputs: int, inputs: int, *, seed: int, weight: float = 1.0, dtype: An
     )
 
 
-def change_of(terms: tuple[Term, ...], inputs: int) -> Array:
+def expected_sum(terms: tuple[Term, ...], inputs: int) -> Array:
     total: Array = np.zeros(())
     for each in terms:
         d, b = each.vectors()
@@ -35,7 +35,9 @@ def change_of(terms: tuple[Term, ...], inputs: int) -> Array:
     return total
 
 
-def worked(tensor: Sum, stored: Array, *, all_rows: bool = False) -> tuple[Array, Numbers]:
+def computed_in_blocks(
+    tensor: Sum, stored: Array, *, all_rows: bool = False
+) -> tuple[Array, Numbers]:
     """Compute a tensor in a workspace, block by block."""
     workspace = Workspace(buffer_sizes_for([tensor]), all_rows=all_rows)
     numbers, written = Numbers(), []

@@ -1,4 +1,4 @@
-"""The warnings that PEFT, transformers and torch raise in correct use, for tests to ignore."""
+"""Ignore the warnings that PEFT, transformers and torch raise in correct use."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ OF_PEFT = pytest.mark.filterwarnings(
     "ignore:Model (with|has) `tie_word_embeddings=True`:UserWarning",
     "ignore:Input and output embeddings are no longer tied after merging:UserWarning",
     "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
-    # PEFT asks transformers by a name that transformers 5.24 is about to drop.
+    # PEFT uses a name of transformers that transformers 5.24 is about to drop.
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
 )
 
 OF_TORCH = pytest.mark.filterwarnings(
-    # torch 2.4 and 2.5 say this of their own calls of these functions.
+    # torch 2.4 and 2.5 raise these warnings about their own calls.
     "ignore:You are using `torch.load` with `weights_only=False`:FutureWarning",
     "ignore:`torch.cpu.amp.autocast.* is deprecated:FutureWarning",
 )

@@ -1,4 +1,4 @@
-"""Build tiny random models of the usual kinds, with inputs; needs torch."""
+"""Build tiny random models of common architectures, and inputs for these; needs torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vera_convert.with_torch import VeraConfig, VeraModel
 
 @dataclass(frozen=True)
 class Kind:
-    """A model, the layers that are adapted in it, and how many labels or tokens it tells apart."""
+    """A model with its inputs, and the config of an adapter for the model."""
 
     model: Callable[[], Any]
     inputs: Callable[[], dict[str, Any]]
@@ -126,12 +126,12 @@ KINDS: Mapping[str, Kind] = {
 
 
 def built(kind: str, dtype: str = "float32") -> Any:
-    """Return the model of a kind, with the same random weights each time, for evaluation."""
+    """Return the model of a kind in evaluation mode, with the same random weights each time."""
     torch.manual_seed(0)
     return KINDS[kind].model().to(getattr(torch, dtype)).eval()
 
 
-def fed(kind: str, dtype: str = "float32") -> dict[str, Any]:
+def inputs_of(kind: str, dtype: str = "float32") -> dict[str, Any]:
     """Return inputs for the model of a kind."""
     values = KINDS[kind].inputs()
     return {
@@ -143,11 +143,11 @@ def fed(kind: str, dtype: str = "float32") -> dict[str, Any]:
 def logits(model: Any, kind: str, dtype: str = "float32") -> Any:
     """Return the logits of a model for the inputs of its kind."""
     with torch.no_grad():
-        return model(**fed(kind, dtype)).logits
+        return model(**inputs_of(kind, dtype)).logits
 
 
 def saved(model: Any, folder: Path) -> Path:
-    """Save a model whose matrices are as large as trained ones, so that each does something."""
+    """Save a model with matrices as large as trained ones, so that each matrix has an effect."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2 and model.config.model_type != "t5":
@@ -157,7 +157,7 @@ def saved(model: Any, folder: Path) -> Path:
 
 
 def trained(base: Path, folder: Path, kind: str, *, size: float = 0.3, **fields: Any) -> Path:
-    """Save an adapter with random vectors, and heads and biases a bit off those of the base."""
+    """Save an adapter with random vectors; heads and biases differ a little from the base's."""
     fields = {"r": 4, **KINDS[kind].config, **fields}
     model = type(built(kind)).from_pretrained(base, **AS_STORED)
     vera = VeraModel(model, VeraConfig(**fields))
@@ -185,7 +185,7 @@ def job(
 
 
 def configured(folder: Path, copy: Path, **fields: Any) -> Path:
-    """Copy a model, with other fields in its config."""
+    """Copy a model, and change fields of the copy's config."""
     shutil.copytree(folder, copy)
     config = json.loads((folder / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, **fields}))

@@ -1,4 +1,4 @@
-"""Small models of transformers, saved, loaded, and with adapters that PEFT wrote."""
+"""Save and load small transformers models, and write adapters for these with PEFT."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ HEADS = {
     "ViTForImageClassification": ["classifier"],
 }
 TARGETS = {
-    "MixtralForCausalLM": ["q_proj", "v_proj", "o_proj"],  # the router is of no type PEFT knows
+    # PEFT knows no layer of the router's class
+    "MixtralForCausalLM": ["q_proj", "v_proj", "o_proj"],
     "Qwen2MoeForCausalLM": ["q_proj", "shared_expert.down_proj", "shared_expert.up_proj"],
     "GPT2LMHeadModel": ["c_attn", "c_proj", "c_fc"],
 }
@@ -61,7 +62,7 @@ def trained(
     bias: str = "none",
     rank: int = 6,
 ) -> Path:
-    """An adapter with random vectors, a random head, and random biases if they are trained."""
+    """Save an adapter with random vectors and head, and random biases if biases are trained."""
     config = peft.VeraConfig(
         r=rank,
         target_modules=targets,
@@ -81,7 +82,7 @@ def trained(
 
 
 def randomized(adapted: Any) -> Any:
-    """A model of PEFT, with random values for everything that it trains."""
+    """Set random values in everything that a model of PEFT trains, and return the model."""
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn(parameter.shape) * 0.3
@@ -89,7 +90,7 @@ def randomized(adapted: Any) -> Any:
 
 
 def logits(model: Any) -> Any:
-    """The logits of a causal model or an encoder-decoder for two sequences of random tokens."""
+    """Return the logits of a causal model or an encoder-decoder for two random sequences."""
     ids = torch.randint(3, 38, (2, 6), generator=torch.Generator().manual_seed(3))
     more = {"decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else {}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Merged models made wrong on purpose, and the findings of `verify`."""
+"""Merge models wrongly on purpose, and list the findings of `verify`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from folders import weights
-from merges import change
+from merges import exact_change
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -34,12 +34,12 @@ def layers(adapter: Path, base: Path, model: Path, **options: Any) -> Verificati
 
 
 def codes(result: Verification) -> list[str]:
-    """The codes of all findings, in order."""
+    """Return the codes of all findings, in order."""
     return [finding.code for finding in result.findings]
 
 
 def edit(model: Path, new: Mapping[str, Array | None]) -> None:
-    """Put other tensors into the one weight file of a model; None removes one."""
+    """Replace tensors in the one weight file of a model; None removes the tensor."""
     path = model / "model.safetensors"
     with safe_open(path, "np") as file:
         metadata = file.metadata()
@@ -48,11 +48,11 @@ def edit(model: Path, new: Mapping[str, Array | None]) -> None:
     save_file({name: array for name, array in tensors.items() if array is not None}, path, metadata)
 
 
-def rewrite(model: Path, change: Callable[[Any], Any]) -> None:
+def rewrite(model: Path, exact_change: Callable[[Any], Any]) -> None:
     """Change the provenance of a merged model."""
     path = model / PROVENANCE
     document = json.loads(path.read_bytes())
-    found = change(document)
+    found = exact_change(document)
     path.write_text(json.dumps(document if found is None else found))
 
 
@@ -75,20 +75,20 @@ def left_out(_: Path, __: str, weight: Array) -> Array:
 
 
 def twice(adapter: Path, module: str, weight: Array) -> Array:
-    added = change(adapter, module, weight.shape[1])
+    added = exact_change(adapter, module, weight.shape[1])
     return merged(merged(weight, added), added)
 
 
 def subtracted(adapter: Path, module: str, weight: Array) -> Array:
-    return merged(weight, -change(adapter, module, weight.shape[1]))
+    return merged(weight, -exact_change(adapter, module, weight.shape[1]))
 
 
 def transposed(adapter: Path, module: str, weight: Array) -> Array:
-    return merged(weight, change(adapter, module, weight.shape[1]).T)
+    return merged(weight, exact_change(adapter, module, weight.shape[1]).T)
 
 
 def wrong_slice(adapter: Path, module: str, weight: Array) -> Array:
-    """Of A the last columns, and of B the last rows; rotated, where there are no others."""
+    """Use the last columns of A and the last rows of B; rotate both if there are no others."""
     (A, B), (d, b) = _projections(adapter), _vectors(adapter, module)
     return merged(weight, delta(np.roll(A, 1, 1), np.roll(B, -1, 0), d, b, weight.shape[1]))
 
@@ -102,19 +102,19 @@ def wrong_key(adapter: Path, module: str, weight: Array) -> Array:
 
 
 def other_layer(adapter: Path, module: str, weight: Array) -> Array:
-    return merged(weight, change(adapter, module.replace(".0.", ".1."), weight.shape[1]))
+    return merged(weight, exact_change(adapter, module.replace(".0.", ".1."), weight.shape[1]))
 
 
 def rounded_twice(adapter: Path, module: str, weight: Array) -> Array:
-    """The delta was rounded to 16 bits before it was added, as a model in 16 bits does it."""
+    """Round the delta to 16 bits before the addition, as a 16-bit model does."""
     narrow = weight.dtype if weight.dtype.itemsize == 2 else np.dtype(ml_dtypes.bfloat16)
-    added = change(adapter, module, weight.shape[1]).astype(narrow)
+    added = exact_change(adapter, module, weight.shape[1]).astype(narrow)
     return merged(weight, added.astype(np.float32))
 
 
 def one_value(adapter: Path, module: str, weight: Array) -> Array:
-    """All is right but for one value, which is off by two last bits."""
-    found = merged(weight, change(adapter, module, weight.shape[1]))
+    """Change one value of a correct merge by two last bits."""
+    found = merged(weight, exact_change(adapter, module, weight.shape[1]))
     flat = found.reshape(-1).view(f"u{found.dtype.itemsize}")
     flat[5] += 2 if found.dtype.itemsize == 2 else 1 << 8
     return found

@@ -30,7 +30,7 @@ from adapterdefects import (
 from adapters import HIDDEN, RANK, good_adapter
 from bases import tiny_base
 from defects import CONFIG, DEFECTS, WEIGHTS, Defect
-from folders import everything
+from folders import bytes_by_name
 from hub_server import HubServer
 
 from vera_convert.base.facts import BaseOptions
@@ -69,14 +69,14 @@ def good(tmp_path: Path) -> Path:
 
 
 def test_a_good_adapter_is_passed_in_silence(good: Path) -> None:
-    before = everything(good)
+    before = bytes_by_name(good)
     checked = check(good)
     assert (checked.findings, checked.failure) == ((), None)
     assert checked.not_checked == ("the base: give --base MODEL to compare with a base.",)
     assert checked.embedded
     assert checked.draw is not None
     assert checked.draw.variant is Variant.FLOAT32_FUSED
-    assert everything(good) == before
+    assert bytes_by_name(good) == before
 
 
 def test_nor_does_it_break_a_rule_on_its_base(good: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from adapters import good_adapter, good_tensors
-from merges import INDEX, change, filled_base, merged_with, tensors_of
+from merges import INDEX, exact_change, filled_base, merged_with, tensors_of
 from safetensors.numpy import save_file
 from wrongmerges import PROVENANCE, Array, Q, V, codes, edit, layers
 
@@ -229,7 +229,7 @@ def widened(_: Path, __: Path, found: Array) -> Array:
 
 def summed_wider(adapter: Path, base: Path, _: Array) -> Array:
     weight = tensors_of(base)[f"{Q}.weight"].astype(np.float32)
-    return merged_weight(weight, change(adapter, Q, 16).astype(np.float32))
+    return merged_weight(weight, exact_change(adapter, Q, 16).astype(np.float32))
 
 
 def spoilt(adapter: Path, base: Path, found: Array) -> Array:
@@ -270,7 +270,7 @@ def test_a_base_that_was_rounded_first_is_named(tmp_path: Path, adapter: Path, b
     rounded = {}
     for module in (Q, V):
         weight = tensors_of(base)[f"{module}.weight"].astype(ml_dtypes.bfloat16)
-        total = weight.astype(np.float64) + change(adapter, module, 16)
+        total = weight.astype(np.float64) + exact_change(adapter, module, 16)
         rounded[f"{module}.weight"] = total.astype(np.float32).astype(ml_dtypes.bfloat16)
     edit(out, rounded)
     as_peft(out)
@@ -284,7 +284,7 @@ def test_nothing_is_said_that_is_not_certain(
     factor: float, adapter: Path, base: Path, model: Path
 ) -> None:
     weight = tensors_of(base)[f"{Q}.weight"]
-    edit(model, {f"{Q}.weight": merged_weight(weight, factor * change(adapter, Q, 16))})
+    edit(model, {f"{Q}.weight": merged_weight(weight, factor * exact_change(adapter, Q, 16))})
     (reason,) = reasons(layers(adapter, base, model), "V601")
     assert "on the way" not in reason
 

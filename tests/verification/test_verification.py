@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from adapterdefects import bare, drawn, fields, renamed
 from adapters import good_adapter, good_tensors
-from folders import CONFIG_NAME, everything
+from folders import CONFIG_NAME, bytes_by_name
 from fp8 import fp8_base
 from heads import HEAD, TIED, head, on_the_head
 from hub_server import HubServer
@@ -884,7 +884,7 @@ def test_all_of_it_can_lie_on_the_hub(
     merged_with(adapter, base, tmp_path / "merged", dtype="bfloat16")
     names = {"adapter": adapter, "stripped": tmp_path / "stripped", "base": base}
     for name, folder in {**names, "merged": tmp_path / "merged"}.items():
-        server.add(f"org/{name}", everything(folder))
+        server.add(f"org/{name}", bytes_by_name(folder))
     result = verify(
         "org/adapter",
         base="org/base",

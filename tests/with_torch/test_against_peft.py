@@ -11,7 +11,7 @@ import pytest
 import theirwarnings
 import torch
 import torchmodels
-from peftmodels import both, config_of, saved, weights
+from peftmodels import config_of, saved, weights, wrapped_twice
 from torch import nn
 from torchmodels import KINDS
 
@@ -31,20 +31,20 @@ every_model = pytest.mark.parametrize(
 def test_saved_files_are_byte_equal_to_pefts(
     kind: str, dtype: str, init_weights: Any, tmp_path: Path
 ) -> None:
-    theirs, ours = saved(*both(kind, dtype, init_weights=init_weights), tmp_path)
+    theirs, ours = saved(*wrapped_twice(kind, dtype, init_weights=init_weights), tmp_path)
     assert weights(theirs) == weights(ours)
     assert config_of(theirs) == config_of(ours)
 
 
 def test_a_config_without_sets_is_byte_equal_to_pefts(tmp_path: Path) -> None:
-    theirs, ours = saved(*both("gpt2", target_modules=["c_attn"]), tmp_path)
+    theirs, ours = saved(*wrapped_twice("gpt2", target_modules=["c_attn"]), tmp_path)
     name = "adapter_config.json"
     assert (theirs / name).read_bytes() == (ours / name).read_bytes()
 
 
 @every_model
 def test_parameter_names_are_pefts(kind: str, dtype: str) -> None:
-    theirs, ours = both(kind, dtype)
+    theirs, ours = wrapped_twice(kind, dtype)
     names = set(theirs.base_model.state_dict())
     copies = {name for name in names if ".vera_A." in name or ".vera_B." in name}
     assert set(ours.state_dict()) == names - copies
@@ -55,7 +55,7 @@ def test_parameter_names_are_pefts(kind: str, dtype: str) -> None:
 
 @every_model
 def test_peft_and_we_load_the_files_of_each_other(kind: str, dtype: str, tmp_path: Path) -> None:
-    models = both(kind, dtype)
+    models = wrapped_twice(kind, dtype)
     expected, other = (torchmodels.logits(model, kind, dtype) for model in models)
     assert torch.equal(expected, other)
     theirs, ours = saved(*models, tmp_path)
@@ -80,7 +80,7 @@ def test_peft_and_we_load_the_files_of_each_other(kind: str, dtype: str, tmp_pat
     ids=str,
 )
 def test_autocast_gives_the_same_bits_as_peft(kind: str, dtype: str, half: Any) -> None:
-    models = both(kind, dtype)
+    models = wrapped_twice(kind, dtype)
     with torch.autocast("cpu", half):
         expected, logits = (torchmodels.logits(model, kind, dtype) for model in models)
     assert logits.dtype == expected.dtype
@@ -89,7 +89,7 @@ def test_autocast_gives_the_same_bits_as_peft(kind: str, dtype: str, half: Any) 
 
 @every_model
 def test_merged_models_are_bit_equal_to_pefts(kind: str, dtype: str) -> None:
-    theirs, ours = both(kind, dtype)
+    theirs, ours = wrapped_twice(kind, dtype)
     ours.merge()
     expected = theirs.merge_and_unload().state_dict()
     merged = ours.unload().state_dict()
@@ -111,7 +111,7 @@ def test_twenty_steps_of_training_agree_with_peft(
     kind: str, dtype: str, fields: dict[str, Any]
 ) -> None:
     losses, states = [], []
-    for model in both(kind, dtype, init_weights=True, **fields):
+    for model in wrapped_twice(kind, dtype, init_weights=True, **fields):
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.1)
         model.train()
@@ -124,7 +124,7 @@ def test_twenty_steps_of_training_agree_with_peft(
 
 
 def step(model: Any, kind: str, dtype: str, optimizer: Any) -> float:
-    answers = model(**torchmodels.fed(kind, dtype)).logits.float().flatten(0, -2)
+    answers = model(**torchmodels.inputs_of(kind, dtype)).logits.float().flatten(0, -2)
     labels = torch.arange(len(answers)) % answers.shape[1]
     loss = nn.functional.cross_entropy(answers, labels)
     optimizer.zero_grad()
@@ -149,7 +149,7 @@ def step(model: Any, kind: str, dtype: str, optimizer: Any) -> float:
 def test_every_config_field_has_the_same_meaning_as_in_peft(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    models = both("llama", "bfloat16", **fields)
+    models = wrapped_twice("llama", "bfloat16", **fields)
     theirs, ours = saved(*models, tmp_path)
     assert weights(theirs) == weights(ours)
     assert config_of(theirs) == config_of(ours)
@@ -161,7 +161,7 @@ def test_every_config_field_has_the_same_meaning_as_in_peft(
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 @pytest.mark.parametrize("bias", ["all", "vera_only"])
 def test_trained_biases_are_saved_and_loaded(kind: str, bias: str, tmp_path: Path) -> None:
-    models = both(kind, bias=bias, task_type=None)
+    models = wrapped_twice(kind, bias=bias, task_type=None)
     for model in models:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -177,7 +177,7 @@ def test_trained_biases_are_saved_and_loaded(kind: str, bias: str, tmp_path: Pat
 
 
 def test_two_adapters_add_up_as_in_peft(tmp_path: Path) -> None:
-    theirs, ours = both("llama")
+    theirs, ours = wrapped_twice("llama")
     fields = {"r": 4, "init_weights": False, **KINDS["llama"].config}
     theirs.add_adapter("two", peft.VeraConfig(**fields))
     ours.add_adapter(VeraConfig(**fields), adapter="two")
@@ -196,7 +196,7 @@ def test_two_adapters_add_up_as_in_peft(tmp_path: Path) -> None:
 
 
 def test_a_file_without_the_copy_of_an_adapted_head_loads(tmp_path: Path) -> None:
-    models = both("llama", target_modules=["lm_head"])
+    models = wrapped_twice("llama", target_modules=["lm_head"])
     expected = torchmodels.logits(models[0], "llama")
     theirs, ours = saved(*models, tmp_path)
     assert len(weights(ours)) < len(weights(theirs)) - 4 * 96 * 32

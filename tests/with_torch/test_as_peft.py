@@ -21,7 +21,7 @@ import torch
 import torchmodels
 import transformers
 from peft.tuners.tuners_utils import BaseTuner
-from peftmodels import both, config_of, saved, weights
+from peftmodels import config_of, saved, weights, wrapped_twice
 from torch import nn
 
 from vera_convert import CheckpointError, Rounding, SurroundingsError, UsageError, Variant
@@ -114,7 +114,7 @@ def test_a_config_object_of_peft_is_accepted(tmp_path: Path) -> None:
 
 
 def test_parameters_are_counted_and_printed_as_by_peft(capsys: pytest.CaptureFixture[str]) -> None:
-    theirs, ours = both("llama")
+    theirs, ours = wrapped_twice("llama")
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     theirs.print_trainable_parameters()
     expected = capsys.readouterr().out
@@ -149,7 +149,7 @@ def test_a_choice_can_be_its_string(tmp_path: Path) -> None:
 
 def two(**fields: Any) -> tuple[Any, VeraModel]:
     """Wrap a model twice, by PEFT and by us, each time with the same two adapters."""
-    theirs, ours = both("llama", **fields)
+    theirs, ours = wrapped_twice("llama", **fields)
     given = {**FIELDS, "target_modules": ["q_proj", "down_proj", "v_proj"]}
     theirs.add_adapter("two", peft.VeraConfig(**given))
     ours.add_adapter(VeraConfig(**given), adapter="two")
@@ -265,7 +265,7 @@ def test_merged_and_unmerged_by_pefts_names() -> None:
 
 
 def test_adapters_can_be_switched_off_and_on() -> None:
-    theirs, ours = both("llama")
+    theirs, ours = wrapped_twice("llama")
     base = says(torchmodels.built("llama"))
     for model in (theirs, ours):
         adapted = says(model)
@@ -329,7 +329,7 @@ def test_a_config_for_inference_freezes_its_adapter(kind: Any) -> None:
 
 def test_a_cast_of_the_whole_model_casts_the_adapter_as_in_peft() -> None:
     for dtype in ("float16", "bfloat16", "float64"):
-        theirs, ours = both("llama")
+        theirs, ours = wrapped_twice("llama")
         for model in (theirs, ours):
             model.to(getattr(torch, dtype))
         assert torch.equal(says(ours), says(theirs))
@@ -420,7 +420,7 @@ def test_gradients_reach_checkpointed_layers_if_checkpointing_was_on_before() ->
         (newer or base.gradient_checkpointing_enable)({"use_reentrant": True})
         torch.manual_seed(0)
         model = wrap(base).train()
-        model(**torchmodels.fed("llama")).logits.square().sum().backward()
+        model(**torchmodels.inputs_of("llama")).logits.square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert len(gradients[1]) == 8
     torch.testing.assert_close(gradients[1], gradients[0])
@@ -665,7 +665,7 @@ def test_the_trainer_trains_evaluates_saves_and_resumes_as_with_peft(
 ) -> None:
     ends: list[dict[str, Any]] = []
     names = ("theirs", "ours")
-    for name, model in zip(names, both("llama", init_weights=True), strict=True):
+    for name, model in zip(names, wrapped_twice("llama", init_weights=True), strict=True):
         model.train()
         run = trainer(model, tmp_path / name, **options)
         loss = run.train().training_loss
@@ -679,7 +679,7 @@ def test_the_trainer_trains_evaluates_saves_and_resumes_as_with_peft(
         files = {path.name for path in one.iterdir()} - {"README.md"}
         assert {path.name for path in other.iterdir()} == files
         assert config_of(one) == config_of(other)
-    fresh = both("llama", init_weights=True)[1].train()
+    fresh = wrapped_twice("llama", init_weights=True)[1].train()
     trainer(fresh, tmp_path / "ours", **options).train(
         resume_from_checkpoint=str(tmp_path / "ours/checkpoint-2")
     )

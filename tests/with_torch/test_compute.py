@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from adapters import good_adapter
 from merges import assert_same, filled_base, merged_with, tensors_of
-from terms import change_of, term
+from terms import expected_sum, term
 
 from vera_convert.assembly import addends
 from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum
@@ -53,7 +53,7 @@ def test_a_tensor_is_the_rounded_sum(dtype: Any, conv1d: bool, count: int) -> No
     working = working_dtype(stored.dtype)
     tensor = Sum("w", shape, stored.dtype, stored.dtype, working, conv1d, terms)
     found, numbers = worked(tensor, stored, all_rows=True)
-    change = change_of(terms, 11)
+    change = expected_sum(terms, 11)
     wanted = merged(stored, change.T if conv1d else change)
     assert found.dtype == wanted.dtype
     if stored.dtype.itemsize == 2:
@@ -88,7 +88,7 @@ def test_the_output_can_have_another_dtype_and_the_input_a_decoder() -> None:
         decode=lambda first, last: stored[first:last] * np.float32(0.5),
     )
     found, _ = worked(tensor, stored)
-    assert np.allclose(found, stored * 0.5 + change_of(terms, 5), rtol=0, atol=1e-5)
+    assert np.allclose(found, stored * 0.5 + expected_sum(terms, 5), rtol=0, atol=1e-5)
 
 
 def test_a_sum_that_is_not_finite_is_reported() -> None:

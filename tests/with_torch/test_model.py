@@ -127,7 +127,7 @@ def test_disabled_gives_the_outputs_of_the_base() -> None:
 def test_attributes_of_the_model_are_available() -> None:
     model = llama()
     assert model.config is model.model.config
-    tokens = model.generate(**torchmodels.fed("llama"), max_new_tokens=3, do_sample=False)
+    tokens = model.generate(**torchmodels.inputs_of("llama"), max_new_tokens=3, do_sample=False)
     assert tokens.shape == (2, 10)
     with pytest.raises(AttributeError, match="nothing_of_this_name"):
         _ = model.nothing_of_this_name
@@ -345,7 +345,7 @@ def test_a_state_dict_can_be_loaded_again() -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant: Any) -> None:
     def gradients(model: VeraModel) -> list[Any]:
         model.train()
-        model(**torchmodels.fed("llama")).logits.square().sum().backward()
+        model(**torchmodels.inputs_of("llama")).logits.square().sum().backward()
         return [parameter.grad for parameter in model.trainable_parameters()]
 
     expected = gradients(llama())
