@@ -36,7 +36,7 @@ REPORTS = (
         "vllm-project/vllm #34186, #34591",
         (
             "test_names_that_do_not_fit_are_refused_with_counts_and_examples",
-            "test_one_layer_that_is_missing_is_enough",
+            "test_a_single_missing_layer_is_refused",
         ),
     ),
     Report(
@@ -92,7 +92,7 @@ REPORTS = (
     Report(
         "a merged 16-bit model comes out in 32 bits",
         "axolotl #1510, bigcode/starcoder #137",
-        ("test_each_dtype_keeps_its_own",),
+        ("test_each_tensor_keeps_its_dtype",),
     ),
     Report(
         "a second merge into one folder leaves shards of the first",
@@ -102,7 +102,10 @@ REPORTS = (
     Report(
         "the delta drowns in the rounding of the base, and nobody is told",
         "OpenBMB/MiniCPM-V #502, meta-pytorch/torchtune #1101",
-        ("test_what_drowns_is_warned_of", "test_a_delta_below_the_last_bit_is_warned_of"),
+        (
+            "test_a_delta_that_is_lost_in_rounding_is_a_warning",
+            "test_a_delta_below_the_last_bit_is_a_warning",
+        ),
     ),
     Report(
         "tensors are decoded in another type than their own",
@@ -116,7 +119,7 @@ REPORTS = (
     Report(
         "merged weights are not the base's plus the delta, rounded once",
         "huggingface/peft #1388, unslothai/unsloth #3091, QwenLM/Qwen #1168",
-        ("test_a_merge_is_what_peft_merged", "test_a_model_that_is_merged_again_is_found"),
+        ("test_a_merge_equals_the_merge_of_peft", "test_a_model_that_is_merged_again_is_found"),
     ),
     Report(
         "a value that is no number is merged, or found when weights have changed already",
@@ -137,7 +140,7 @@ REPORTS = (
         "a trained head is lost, or one that nobody declared is taken",
         "huggingface/peft #2502, sentence-transformers #3980",
         (
-            "test_a_head_replaces_the_base_s",
+            "test_an_adapter_s_head_replaces_the_base_s_head",
             "V222-a_tasks_head_is_gone",
             "V221-a_norm_is_smuggled_in",
         ),
@@ -145,7 +148,7 @@ REPORTS = (
     Report(
         "trained biases are dropped, or added where they replace",
         "huggingface/peft #3306",
-        ("V223-trained_biases_are_gone", "test_trained_biases_replace_and_do_not_add"),
+        ("V223-trained_biases_are_gone", "test_trained_biases_replace_the_base_s_biases"),
     ),
     Report(
         "a variant with a third vector is merged as if it were plain VeRA",
@@ -192,7 +195,7 @@ REPORTS = (
         "one revision is taken for the adapter and for its base",
         "huggingface/peft #1567, huggingface/transformers #29849",
         (
-            "test_adapters_and_the_base_they_name_come_from_the_hub",
+            "test_adapters_and_their_base_come_from_the_hub",
             "test_two_revisions_clash",
             "revision_is_a_path",
         ),
@@ -214,7 +217,7 @@ REPORTS = (
     Report(
         "an embedding of another height than the base's fails in the middle",
         "axolotl #2277, hiyouga/LlamaFactory #3125, allenai/open-instruct #124, #142",
-        ("test_an_embedding_of_another_height_is_refused_with_both",),
+        ("test_an_embedding_of_another_height_is_refused_with_both_heights",),
     ),
     Report(
         "an adapter in the base's folder is attached to the merged model",
@@ -228,14 +231,14 @@ REPORTS = (
             "V016-folder_is_a_models",
             "V014-weights_are_a_models",
             "V015-weights_are_called_as_a_models",
-            "test_everything_can_be_checked",
+            "test_a_merge_with_check_gives_the_same_model",
         ),
     ),
     # --- shards ---
     Report(
         "shards come without their index",
         "unslothai/unsloth #2355",
-        ("test_shards_can_be_made_anew", "test_an_index_that_does_not_agree_is_refused"),
+        ("test_shards_can_get_another_size", "test_an_index_that_does_not_agree_is_refused"),
     ),
     Report(
         "stray weights beside the shards are loaded or merged as well",
@@ -254,13 +257,13 @@ REPORTS = (
     Report(
         "the index gives a number of tensors where the bytes are meant",
         "axolotl, its merge of LoRA",
-        ("test_a_wrong_total_size_is_put_right", "index_has_a_size_that_is_text"),
+        ("test_a_wrong_total_size_is_corrected", "index_has_a_size_that_is_text"),
     ),
     # --- the Hub and paths ---
     Report(
         "the network is asked though it was forbidden",
         "huggingface/peft #1452, #867, huggingface/transformers #31700",
-        ("test_offline_no_socket_is_opened", "test_what_was_merged_once_is_merged_offline"),
+        ("test_offline_no_socket_is_opened", "test_a_merge_can_be_repeated_offline"),
     ),
     Report(
         "a token reaches the adapter's repo and not the base's, or a log",
@@ -273,7 +276,7 @@ REPORTS = (
         (
             "V120-base_is_a_path",
             "V120-base_is_a_path_of_windows",
-            "test_a_folder_is_no_base_that_others_could_find",
+            "test_a_card_names_no_local_folder_as_the_base",
         ),
     ),
     Report(
@@ -291,7 +294,7 @@ REPORTS = (
         "the disk is full half way, and that is called a success",
         "unslothai/unsloth #732, #534, #1122",
         (
-            "test_space_is_looked_at_before_anything_is_written",
+            "test_free_space_is_checked_before_any_write",
             "test_a_full_disk_is_no_reason_to_try_otherwise",
             "a_side_file_claims_more_than_any_disk",
         ),
@@ -336,8 +339,8 @@ REPORTS = (
         "the scales of a quantized base are left out of account",
         "unslothai/unsloth #4919, unslothai/unsloth-zoo #803",
         (
-            "test_without_the_option_it_is_refused_and_nothing_is_written",
-            "test_a_merge_is_that_of_the_16_bit_model",
+            "test_without_the_option_an_fp8_base_is_refused_and_nothing_is_written",
+            "test_a_merge_equals_the_merge_into_the_16_bit_model",
             "base_config_is_quantized_in_an_odd_way",
         ),
     ),

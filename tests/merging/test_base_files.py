@@ -15,7 +15,7 @@ from vera_convert.merging.base_files import BaseFiles, own_heads
 
 
 @pytest.mark.parametrize("packed", ["lm_head.weight", "model.embed_tokens.weight"])
-def test_a_packed_head_or_embedding_is_a_tensor_of_its_own(
+def test_a_head_is_not_tied_if_head_or_embedding_is_packed(
     packed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = {

@@ -1,4 +1,4 @@
-"""The model card: what was merged, with nothing in it that a name could break out of."""
+"""The model card names the inputs of a merge; no name can break the card's Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vera_convert.merging.output import model_card
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def test_a_card_of_repos_names_them_with_their_commits() -> None:
+def test_a_card_names_repos_with_their_commits() -> None:
     base = Location("base", None, "org/base", COMMIT)
     adapters = [
         (Location("one", None, "org/one", COMMIT, "sub"), 1.0),
@@ -44,7 +44,7 @@ beside this card names every input, option and change.
     )
 
 
-def test_a_folder_is_no_base_that_others_could_find() -> None:
+def test_a_card_names_no_local_folder_as_the_base() -> None:
     adapters = [(Location("adapter", Path("/adapter")), 1.0)]
     base = Location("llama", Path("/bases/llama"))
     card = model_card(base, adapters, library="diffusers")
@@ -55,7 +55,7 @@ def test_a_folder_is_no_base_that_others_could_find() -> None:
     assert "| Base | `llama` |" in named
 
 
-def test_no_name_breaks_out_of_its_place() -> None:
+def test_no_name_breaks_the_markdown_of_the_card() -> None:
     odd = Location("odd", None, 'a`b|c\n---\nx: "\u202e')
     card = model_card(odd, [(odd, 1.0)], library="transformers")
     (line, _) = [line for line in card.splitlines() if "a'b" in line]

@@ -1,4 +1,4 @@
-"""Tensors that replace a base's tensors, tensors that must not, and tied heads."""
+"""Tensors of an adapter that replace a base's tensors, refused replacements, and tied heads."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from vera_convert.verification.verify import verify
 Q = "model.layers.0.self_attn.q_proj"
 
 
-# --- what replaces ------------------------------------------------------------------------------
+# --- replaced tensors ----------------------------------------------------------------------------
 
 
-def test_a_head_replaces_the_base_s(tmp_path: Path) -> None:
+def test_an_adapter_s_head_replaces_the_base_s_head(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "a", tensors=head(0.3), modules_to_save=["score"])
     base = filled_base(tmp_path / "base", tensors=HEAD, dtypes={"score": "bfloat16"})
     done = merged_with(adapter, base, tmp_path / "out", weight=5.0)
@@ -61,7 +61,7 @@ def test_a_new_head_is_added(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in found.values()) + 3 * 16 * 4
 
 
-def test_a_new_tensor_beside_all_tensors_of_the_class_is_warned_of(tmp_path: Path) -> None:
+def test_a_new_tensor_that_the_class_does_not_have_is_a_warning(tmp_path: Path) -> None:
     library = "transformers.models.llama.modeling_llama"
     adapter = good_adapter(
         tmp_path / "a",
@@ -86,14 +86,14 @@ def test_a_head_that_is_stored_in_part_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_bias_that_peft_would_drop_is_refused(tmp_path: Path) -> None:
-    """It reads the biases of adapted layers under ``base_layer`` alone."""
+    """PEFT reads the biases of adapted layers only under ``base_layer``."""
     bias = {f"{PREFIX}{Q}.bias": np.ones(16, np.float32)}
     adapter = good_adapter(tmp_path / "a", tensors=bias, bias="vera_only")
     base = filled_base(tmp_path / "base", tensors={f"{Q}.bias": (16,)})
     assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V220"
 
 
-def test_a_head_of_another_size_is_refused_with_both(tmp_path: Path) -> None:
+def test_a_head_of_another_size_is_refused_with_both_sizes(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "a", tensors=head(0.3, rows=4), modules_to_save=["score"])
     base = filled_base(tmp_path / "base", tensors=HEAD)
     with pytest.raises(CheckpointError, match=r"V531 score\.weight: .*4 by 16.*3 by 16"):
@@ -101,14 +101,16 @@ def test_a_head_of_another_size_is_refused_with_both(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_embedding_of_another_height_is_refused_with_both(tmp_path: Path, base: Path) -> None:
+def test_an_embedding_of_another_height_is_refused_with_both_heights(
+    tmp_path: Path, base: Path
+) -> None:
     taller = {f"{PREFIX}model.embed_tokens.weight": np.zeros((38, 16), np.float32)}
     adapter = good_adapter(tmp_path / "a", tensors=taller)
     with pytest.raises(CheckpointError, match=r"V531 .*38 by 16.*32 by 16"):
         merged_with(adapter, base, tmp_path / "out")
 
 
-def test_trained_biases_replace_and_do_not_add(tmp_path: Path) -> None:
+def test_trained_biases_replace_the_base_s_biases(tmp_path: Path) -> None:
     biases = {
         f"{PREFIX}{Q}.base_layer.bias": np.full(16, 2, np.float32),
         f"{PREFIX}model.norm.bias": np.full(16, 3, np.float32),
@@ -148,7 +150,7 @@ def test_the_bias_of_a_head_has_two_names(
 
 
 def two_biases(folder: Path) -> Path:
-    """An adapter whose head has another value under each name of the bias."""
+    """Write an adapter whose head stores a different bias under each name of the bias."""
     biases = {
         f"{PREFIX}lm_head.{name}": np.full(16, value, np.float32)
         for value, name in enumerate(BIAS_NAMES, start=2)
@@ -156,7 +158,7 @@ def two_biases(folder: Path) -> Path:
     return good_adapter(folder, tensors=biases, bias="all")
 
 
-def test_two_values_for_the_one_bias_of_a_head_are_refused(tmp_path: Path) -> None:
+def test_two_values_for_a_head_s_single_bias_are_refused(tmp_path: Path) -> None:
     adapter = two_biases(tmp_path / "a")
     base = filled_base(tmp_path / "base", tensors={"lm_head.bias": (16,)})
     assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V525"
@@ -221,7 +223,9 @@ def test_a_stack_of_experts_replaces_each_expert(tmp_path: Path) -> None:
     assert validate(adapter, base=base).passed
 
 
-def test_a_stack_of_experts_that_the_base_stores_otherwise_is_refused(tmp_path: Path) -> None:
+def test_a_stack_of_experts_that_the_base_stores_in_another_layout_is_refused(
+    tmp_path: Path,
+) -> None:
     stack = {STACK: np.ones((3, 4, 16), np.float32)}
     adapter = good_adapter(tmp_path / "a", tensors=stack, modules_to_save=["experts"])
     base = filled_base(tmp_path / "base", tensors=EXPERTS)
@@ -273,7 +277,7 @@ def test_a_tied_head_is_untied(tmp_path: Path, tied: Path) -> None:
     assert weight_map["lm_head.weight"] == weight_map["model.embed_tokens.weight"]
 
 
-def test_a_head_that_is_stored_beside_its_embedding_is_tied_too(tmp_path: Path) -> None:
+def test_a_stored_head_is_tied_to_its_embedding(tmp_path: Path) -> None:
     adapter = on_the_head(tmp_path / "a")
     base = filled_base(tmp_path / "base", config=TIED)
     assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V524"
@@ -287,7 +291,9 @@ def test_a_head_that_is_stored_beside_its_embedding_is_tied_too(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("tied", [None, *Tied])
-def test_a_head_with_values_of_its_own_is_never_tied(tmp_path: Path, tied: Tied | None) -> None:
+def test_a_head_with_other_values_than_the_embedding_is_not_tied(
+    tmp_path: Path, tied: Tied | None
+) -> None:
     adapter, base = on_the_head(tmp_path / "a"), filled_base(tmp_path / "base", config=TIED)
     path = base / "model.safetensors"
     tensors = load_file(path)
@@ -324,7 +330,9 @@ def embeddings(value: float, head_value: float) -> dict[str, Any]:
     }
 
 
-def test_both_names_of_one_saved_embedding_are_one(tmp_path: Path, tied: Path) -> None:
+def test_an_embedding_saved_under_both_names_replaces_the_tied_tensor(
+    tmp_path: Path, tied: Path
+) -> None:
     adapter = good_adapter(tmp_path / "a", tensors=embeddings(1.0, 1.0))
     done = merged_with(adapter, tied, tmp_path / "out")
     found = tensors_of(tmp_path / "out")
@@ -344,7 +352,9 @@ def test_an_untied_merge_does_not_say_that_embedding_and_head_stay_tied(
     assert "V536" not in [finding.code for finding in done.findings]
 
 
-def test_a_saved_head_of_its_own_has_to_be_untied(tmp_path: Path, tied: Path) -> None:
+def test_a_saved_head_that_differs_from_the_saved_embedding_must_be_untied(
+    tmp_path: Path, tied: Path
+) -> None:
     adapter = good_adapter(tmp_path / "a", tensors=embeddings(1.0, 2.0))
     assert refusal(lambda: merged_with(adapter, tied, tmp_path / "out")) == "V524"
     merged_with(adapter, tied, tmp_path / "out", tied=Tied.UNTIE)
@@ -361,10 +371,10 @@ def trained_embedding(tmp_path: Path) -> Path:
     return good_adapter(tmp_path / "e", tensors=EMBEDDING, modules_to_save=["embed_tokens"])
 
 
-def test_the_task_tells_that_a_base_without_a_head_was_trained_with_one(
+def test_the_task_shows_that_a_base_without_a_head_was_trained_with_a_head(
     tmp_path: Path, trained_embedding: Path
 ) -> None:
-    """PEFT takes no class without a head for CAUSAL_LM, the task of the good adapter."""
+    """For CAUSAL_LM, the task of the good adapter, PEFT accepts only classes with a head."""
     config = {**TIED, "architectures": ["LlamaModel"]}
     base = filled_base(tmp_path / "base", tensors={"lm_head.weight": None}, config=config)
     assert refusal(lambda: merged_with(trained_embedding, base, tmp_path / "out")) == "V524"
@@ -394,7 +404,7 @@ def test_an_untied_head_keeps_the_old_embedding(
 
 
 @pytest.mark.parametrize("beside", [False, True])
-def test_an_embedding_becomes_the_tied_head_too_with_a_warning(
+def test_an_embedding_that_also_replaces_the_tied_head_is_a_warning(
     tmp_path: Path, tied: Path, trained_embedding: Path, *, beside: bool
 ) -> None:
     base = filled_base(tmp_path / "beside", config=TIED) if beside else tied
@@ -407,7 +417,7 @@ def test_an_embedding_becomes_the_tied_head_too_with_a_warning(
 def test_an_embedding_that_peft_loads_in_place_changes_the_tied_head(
     tmp_path: Path, tied: Path
 ) -> None:
-    """Without modules_to_save, PEFT loads the embedding into the tensor that both share."""
+    """Without modules_to_save, PEFT loads the embedding into the tensor that the head shares."""
     adapter = good_adapter(tmp_path / "a", tensors=EMBEDDING)
     done = merged_with(adapter, tied, tmp_path / "out", tied=Tied.UNTIE)
     assert "lm_head.weight" not in tensors_of(tmp_path / "out")
@@ -446,7 +456,7 @@ def test_a_taller_embedding_without_its_head_cannot_be_untied(tmp_path: Path) ->
         merged_with(adapter, base, tmp_path / "out", tied=Tied.UNTIE)
 
 
-def test_a_head_replaced_beside_its_embedding_has_to_be_untied(tmp_path: Path) -> None:
+def test_a_saved_head_without_its_tied_embedding_must_be_untied(tmp_path: Path) -> None:
     own = {f"{PREFIX}lm_head.weight": np.full((32, 16), 2, np.float32)}
     adapter = good_adapter(tmp_path / "a", tensors=own, modules_to_save=["lm_head"])
     base = filled_base(tmp_path / "base", config=TIED)
@@ -457,7 +467,7 @@ def test_a_head_replaced_beside_its_embedding_has_to_be_untied(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("beside", [False, True])
-def test_a_head_of_its_own_becomes_the_embedding_too_with_a_warning(
+def test_a_head_that_also_replaces_the_tied_embedding_is_a_warning(
     tmp_path: Path, tied: Path, *, beside: bool
 ) -> None:
     own = {f"{PREFIX}lm_head.weight": np.full((32, 16), 2, np.float32)}
@@ -471,7 +481,7 @@ def test_a_head_of_its_own_becomes_the_embedding_too_with_a_warning(
 
 
 @pytest.mark.parametrize("tied_option", [None, Tied.ADD])
-def test_a_saved_embedding_and_a_delta_on_the_head_have_to_be_untied(
+def test_a_saved_embedding_and_a_delta_on_the_head_must_be_untied(
     tmp_path: Path, tied: Path, tied_option: Tied | None
 ) -> None:
     adapter = on_the_head(tmp_path / "a", **EMBEDDING)
@@ -491,7 +501,7 @@ def test_a_saved_embedding_and_a_delta_on_the_head_have_to_be_untied(
 
 
 def on_a_resized_head(folder: Path, base: Path, **more: Any) -> Path:
-    """Write an adapter as PEFT does for a head of 36 rows: with the head's weight in training."""
+    """Write an adapter as PEFT does for a resized head: with the head's 36 rows."""
     old = tensors_of(base)["model.embed_tokens.weight"]
     copy = np.concatenate([old, np.full((4, 16), 0.7, np.float32)])
     values = np.random.default_rng(2)
@@ -506,20 +516,20 @@ def on_a_resized_head(folder: Path, base: Path, **more: Any) -> Path:
 
 
 @pytest.fixture
-def counted(tmp_path: Path) -> Path:
+def sized_base(tmp_path: Path) -> Path:
     config = {**TIED, "vocab_size": 32}
     return filled_base(tmp_path / "counted", tensors={"lm_head.weight": None}, config=config)
 
 
 @pytest.mark.parametrize("choice", [Tied.ADD, Tied.UNTIE])
 def test_a_resized_tied_head_starts_from_the_stored_weight(
-    tmp_path: Path, counted: Path, choice: Tied
+    tmp_path: Path, sized_base: Path, choice: Tied
 ) -> None:
-    adapter = on_a_resized_head(tmp_path / "a", counted)
-    assert refusal(lambda: merged_with(adapter, counted, tmp_path / "out")) == "V524"
-    assert {"V526"} <= {found.code for found in validate(adapter, base=counted).findings}
-    assert validate(adapter, base=counted).passed
-    merged_with(adapter, counted, tmp_path / "out", tied=choice)
+    adapter = on_a_resized_head(tmp_path / "a", sized_base)
+    assert refusal(lambda: merged_with(adapter, sized_base, tmp_path / "out")) == "V524"
+    assert {"V526"} <= {found.code for found in validate(adapter, base=sized_base).findings}
+    assert validate(adapter, base=sized_base).passed
+    merged_with(adapter, sized_base, tmp_path / "out", tied=choice)
     found = tensors_of(tmp_path / "out")
     copy = tensors_of(adapter)[f"{PREFIX}lm_head.base_layer.weight"]
     summed = copy + exact_change(adapter, "lm_head", 16)
@@ -528,19 +538,19 @@ def test_a_resized_tied_head_starts_from_the_stored_weight(
     assert np.allclose(found.get("lm_head.weight", embedding), summed, atol=1e-6)
     assert json.loads((tmp_path / "out/config.json").read_bytes())["vocab_size"] == 36
     layers_only = VerifyOptions(layers_only=True)
-    assert verify(adapter, merged=tmp_path / "out", base=counted, options=layers_only).passed
+    assert verify(adapter, merged=tmp_path / "out", base=sized_base, options=layers_only).passed
 
 
-def test_a_resized_head_of_another_base_is_refused(tmp_path: Path, counted: Path) -> None:
+def test_a_resized_head_of_another_base_is_refused(tmp_path: Path, sized_base: Path) -> None:
     adapter = on_a_resized_head(tmp_path / "a", filled_base(tmp_path / "other"))
-    stored = load_file(counted / "model.safetensors")
+    stored = load_file(sized_base / "model.safetensors")
     stored["model.embed_tokens.weight"][3] += 1
-    save_file(stored, counted / "model.safetensors", {"format": "pt"})
-    act = lambda: merged_with(adapter, counted, tmp_path / "out", tied=Tied.ADD)  # noqa: E731
+    save_file(stored, sized_base / "model.safetensors", {"format": "pt"})
+    act = lambda: merged_with(adapter, sized_base, tmp_path / "out", tied=Tied.ADD)  # noqa: E731
     assert refusal(act) == "V535"
 
 
-def test_a_resized_head_needs_its_embedding_where_the_two_are_not_tied(tmp_path: Path) -> None:
+def test_a_resized_head_that_is_not_tied_needs_its_embedding(tmp_path: Path) -> None:
     config = {"model_type": "llama", "tie_word_embeddings": False, "vocab_size": 32}
     base = filled_base(tmp_path / "base", config=config)
     head = tensors_of(base)["lm_head.weight"]
@@ -562,7 +572,7 @@ def test_a_resized_head_needs_its_embedding_where_the_two_are_not_tied(tmp_path:
 def test_a_stored_bias_of_the_logits_is_no_tensor_that_peft_writes(
     tmp_path: Path, rows: int
 ) -> None:
-    """PEFT saves no buffer, and loads none of another size than the vocabulary."""
+    """PEFT saves no buffers, and loads no buffer whose size differs from the vocabulary."""
     own = {f"{PREFIX}final_logits_bias": np.ones((1, 32), np.float32)}
     taller = {f"{PREFIX}model.embed_tokens.weight": np.ones((rows, 16), np.float32)}
     adapter = good_adapter(tmp_path / "a", tensors=own | taller)
@@ -570,15 +580,15 @@ def test_a_stored_bias_of_the_logits_is_no_tensor_that_peft_writes(
     assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V221"
 
 
-def test_deltas_of_two_vocabularies_contradict_each_other(tmp_path: Path, counted: Path) -> None:
-    first, second = on_the_head(tmp_path / "a"), on_a_resized_head(tmp_path / "b", counted)
+def test_deltas_of_two_vocabularies_contradict_each_other(tmp_path: Path, sized_base: Path) -> None:
+    first, second = on_the_head(tmp_path / "a"), on_a_resized_head(tmp_path / "b", sized_base)
     add = (AdapterSpec(second),)
-    act = lambda: merged_with(first, counted, tmp_path / "out", add=add, tied=Tied.ADD)  # noqa: E731
+    act = lambda: merged_with(first, sized_base, tmp_path / "out", add=add, tied=Tied.ADD)  # noqa: E731
     assert refusal(act) == "V534"
 
 
 @pytest.mark.parametrize("case", ["embedding", "head", "both", "same"])
-def test_validate_names_a_tied_pair_that_a_merge_must_part(
+def test_validate_names_a_tied_pair_that_a_merge_must_untie(
     tmp_path: Path, tied: Path, trained_embedding: Path, case: str
 ) -> None:
     own = {f"{PREFIX}lm_head.weight": np.full((32, 16), 2, np.float32)}
@@ -620,7 +630,7 @@ def test_a_delta_and_another_adapter_s_own_head_contradict_each_other(
 def test_a_pretraining_head_that_the_adapter_s_class_does_not_build_is_not_missing(
     tmp_path: Path,
 ) -> None:
-    """BERT's files hold `cls.predictions` beside the head of next-sentence prediction."""
+    """BERT's files hold `cls.predictions` and the head of next-sentence prediction."""
     trained = {f"{PREFIX}cls.seq_relationship.weight": np.full((2, 16), 0.3, np.float32)}
     adapter = good_adapter(tmp_path / "a", tensors=trained, modules_to_save=["cls"])
     heads = {"cls.seq_relationship.weight": (2, 16), "cls.predictions.bias": (32,)}
@@ -654,7 +664,7 @@ def test_a_pretraining_head_that_is_stored_in_part_is_refused(tmp_path: Path) ->
 def test_a_module_without_tensors_in_the_adapter_has_none_in_the_base(
     lost: dict[str, tuple[int, ...]], is_due: bool, tmp_path: Path
 ) -> None:
-    """GPT-2's files store a mask as the bias of `attn`, which is no parameter."""
+    """GPT-2's files store a mask as the bias of `attn`; the mask is no parameter."""
     adapter = good_adapter(tmp_path / "a", modules_to_save=["adapter"])
     base = filled_base(tmp_path / "base", tensors=lost)
     found = [each for each in validate(adapter, base=base).findings if each.code == "V222"]

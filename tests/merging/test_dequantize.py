@@ -1,4 +1,4 @@
-"""Merges into fp8 bases: the 16-bit model, and the bases that are refused."""
+"""Merges into fp8 bases: the 16-bit result, and the refused bases."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vera_convert.verification.verify import verify
 
 
 def adapter_of(folder: Path) -> tuple[Path, Arrays]:
-    """Write an adapter for that Llama; return its path and its deltas by tensor."""
+    """Write an adapter for the Llama of `fp8_base`; return the path and the deltas by tensor."""
     stored = good_tensors()
     A, B = stored["base_model.vera_A"], stored["base_model.vera_B"]
     deltas = {}
@@ -90,7 +90,7 @@ def test_blocks_of_rows_are_scaled_wherever_they_begin(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_scales_are_read_for_the_rows_that_are_asked_for(tmp_path: Path, form: str) -> None:
+def test_scales_are_read_for_the_requested_rows(tmp_path: Path, form: str) -> None:
     config = CONFIG if form == "block" else {**CONFIG, "quantization_config": {}}
     meant = fp8_base(tmp_path / "base", form=form, config=config)
     base = read_base(Location("base", tmp_path / "base"), HubAccess())
@@ -104,7 +104,9 @@ def test_scales_are_read_for_the_rows_that_are_asked_for(tmp_path: Path, form: s
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scale_name", ["weight_scale_inv", "weight_scale"])
-def test_a_merge_is_that_of_the_16_bit_model(tmp_path: Path, form: str, scale_name: str) -> None:
+def test_a_merge_equals_the_merge_into_the_16_bit_model(
+    tmp_path: Path, form: str, scale_name: str
+) -> None:
     size = {"block": [6, 5]}.get(form)
     quantization = {"quant_method": "fp8", "weight_block_size": size}
     config = {**CONFIG, "quantization_config": quantization}
@@ -118,13 +120,13 @@ def test_a_merge_is_that_of_the_16_bit_model(tmp_path: Path, form: str, scale_na
         exact = values.astype(np.float64) + deltas.get(name, 0)
         expected = (values + deltas.get(name, np.float32(0))).astype(BF16)
         np.testing.assert_allclose(merged[name].astype(np.float64), exact, rtol=2**-8, atol=1e-6)
-        assert np.count_nonzero(merged[name] != expected) <= 1  # another order of the sum
+        assert np.count_nonzero(merged[name] != expected) <= 1  # the order of summation may differ
     assert {report.name for report in result.tensors} == deltas.keys()
     (note,) = (finding for finding in result.findings if finding.code == "V555")
     assert note.reason == "12 weights (fp8) become BF16; 12 scales and other parts are left out."
 
 
-def test_config_index_and_scales_go_together(tmp_path: Path) -> None:
+def test_quantization_config_index_entries_and_scales_are_removed_together(tmp_path: Path) -> None:
     config = {
         **CONFIG,
         "dtype": "float16",
@@ -171,7 +173,7 @@ def test_a_shard_of_scales_alone_disappears(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == [files[0]]
 
 
-def test_the_scales_of_activations_go_too_and_16_bit_scales_are_read(tmp_path: Path) -> None:
+def test_scales_of_activations_are_removed_and_16_bit_scales_are_read(tmp_path: Path) -> None:
     attention = "model.layers.0.self_attn"
     more: Arrays = {
         f"{attention}.q_proj.input_scale": np.ones(1, np.float32),
@@ -226,7 +228,7 @@ Q = "model.layers.1.self_attn.q_proj"
         ("V553", {"model.stack.weight": np.ones((2, 4, 4), F8)}),
     ],
 )
-def test_what_cannot_be_undone_is_refused_whole(
+def test_a_base_that_cannot_be_dequantized_is_refused(
     tmp_path: Path, code: str, change: Mapping[str, NDArray[Any] | None]
 ) -> None:
     if "model.stack.weight" in change:
@@ -239,8 +241,8 @@ def test_what_cannot_be_undone_is_refused_whole(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_without_the_option_it_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    # R50: a scale that is never applied corrupts the result without a word.
+def test_without_the_option_an_fp8_base_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    # R50: a scale that is never applied corrupts the result silently.
     fp8_base(tmp_path / "base")
     for adapter in (
         adapter_of(tmp_path / "adapter")[0],
@@ -268,7 +270,9 @@ def test_drawn_projections_are_rounded_as_on_the_16_bit_model(tmp_path: Path) ->
     assert len(A) == RANK
 
 
-def test_a_base_that_is_quantized_elsewhere_is_merged_and_said_so(tmp_path: Path) -> None:
+def test_a_base_whose_quantized_layers_are_not_adapted_is_merged_with_a_warning(
+    tmp_path: Path,
+) -> None:
     kept = {"modules_to_not_convert": ["self_attn"], "quant_method": "fp8"}
     config = {**CONFIG, "quantization_config": kept}
     meant = fp8_base(tmp_path / "base", only="up_proj.weight", config=config)
@@ -280,7 +284,7 @@ def test_a_base_that_is_quantized_elsewhere_is_merged_and_said_so(tmp_path: Path
         after = tensors_in(tmp_path / name)
         assert after.keys() == before.keys()
         for tensor, values in before.items():
-            if "up_proj" in tensor:  # neither weights nor scales may be converted
+            if "up_proj" in tensor:  # the merge must convert neither weights nor scales
                 assert after[tensor].dtype == values.dtype
                 assert after[tensor].tobytes() == values.tobytes()
         for tensor, added in deltas.items():
@@ -318,7 +322,7 @@ def test_the_dtype_is_that_of_the_config(
     assert packed.view.tensors.keys() == TENSORS.keys()
 
 
-def test_a_base_without_fp8_has_nothing_to_undo(tmp_path: Path) -> None:
+def test_a_base_without_fp8_is_not_dequantized(tmp_path: Path) -> None:
     fp8_base(tmp_path / "base", only="nothing")
     base = read_base(Location("base", tmp_path / "base"), HubAccess())
     packed = unpacked(base)
@@ -326,7 +330,7 @@ def test_a_base_without_fp8_has_nothing_to_undo(tmp_path: Path) -> None:
     assert packed.view is base
 
 
-def test_only_what_speaks_of_quantization_leaves_the_config() -> None:
+def test_only_the_quantization_fields_leave_the_config() -> None:
     text = b'{"a": 1,\n  "quantization_config": {"x": [1]},'
     text += b' "text_config": {"quantization_config": {}}}'
     assert dequantized_config(text, json.loads(text)) == b'{"a": 1, "text_config": {}}'

@@ -1,7 +1,7 @@
 """Every setting of a quantized base's config in many variants: refused, or without effect.
 
-No setting may change a weight without a word: the parts of the layers alone, or the parts and the
-settings together, say how a weight is packed.
+No setting may change a weight silently: either the stored parts alone, or the parts and the
+settings together, determine the packing of a weight.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def with_settings(base: BaseModel, settings: object) -> Unpacked:
 
 @np.errstate(all="ignore")
 def weights_of(name: str, base: Unpacked) -> Mapping[str, tuple[object, bytes]]:
-    """The dtype and the bytes of one dequantized weight."""
+    """Return the dtype and the bytes of a dequantized weight."""
     folder = FIXTURES / name / "base"
     files = {file: InputFile.look(folder / file, within=folder) for file in base.stored.files}
     found = {}
@@ -62,7 +62,7 @@ def weights_of(name: str, base: Unpacked) -> Mapping[str, tuple[object, bytes]]:
 @pytest.mark.parametrize("panel_bytes", [1, 100, 1000, 1 << 20])
 @pytest.mark.parametrize("skipped_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("name", ["gptq-4bit-v1", "awq-gemm"])
-def test_kept_columns_are_those_of_the_file(
+def test_cached_columns_equal_the_columns_of_the_file(
     name: str, panel_bytes: int, skipped_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dequantize, "_PANEL_BYTES", panel_bytes)
@@ -84,7 +84,7 @@ def test_kept_columns_are_those_of_the_file(
 
 
 def others(value: object) -> Iterator[object]:
-    """Other values in the place of a setting's value."""
+    """Return other values for a setting."""
     yield None
     match value:
         case bool():
@@ -102,7 +102,7 @@ def others(value: object) -> Iterator[object]:
 
 
 def variants(settings: object) -> Iterator[object]:
-    """The settings with one of them left out, or with another value."""
+    """Return the settings without each setting, and with other values of each setting."""
     if not isinstance(settings, dict):
         return
     for key, value in settings.items():
@@ -126,10 +126,10 @@ def test_no_setting_changes_a_weight_without_a_refusal(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("settings", [None, {}, [], "x", 5])
-def test_a_config_that_says_nothing_is_refused_or_not_needed(name: str, settings: object) -> None:
+def test_a_config_without_settings_is_refused_or_not_needed(name: str, settings: object) -> None:
     base = base_of(name)
     found = with_settings(base, settings)
-    needs_config = name.startswith(("awq", "gptq", "ct", "fp8"))  # fp8: the size of the blocks
+    needs_config = name.startswith(("awq", "gptq", "ct", "fp8"))  # fp8 needs the size of the blocks
     assert bool(found.defects) is needs_config
     if not needs_config:
         assert weights_of(name, found) == weights_of(name, unpacked(base))
@@ -144,14 +144,14 @@ def test_a_method_that_the_parts_contradict_is_refused(name: str, method: str) -
     if method == settings["quant_method"]:
         return
     found = with_settings(base, {**settings, "quant_method": method})
-    # The fields load_in_4bit and load_in_8bit win over the method, and fp8 has the same parts.
+    # load_in_4bit and load_in_8bit take precedence over the method; fp8 stores the same parts.
     is_said_elsewhere = name.startswith("bnb")
     has_both_parts = (name, method) == ("ct-fp8-channel", "fp8")
     assert bool(found.defects) is not (is_said_elsewhere or has_both_parts)
 
 
 @pytest.mark.parametrize("flags", [{}, {"load_in_4bit": False, "load_in_8bit": False}])
-def test_fields_of_bitsandbytes_that_are_false_leave_the_method_alone(flags: Settings) -> None:
+def test_false_fields_of_bitsandbytes_do_not_change_the_method(flags: Settings) -> None:
     base = base_of("gptq-4bit-v1")
     settings = base.config["quantization_config"]
     assert isinstance(settings, Mapping)
@@ -207,7 +207,9 @@ def test_a_compute_dtype_that_is_none_leaves_the_rounding_open(value: object) ->
 def test_a_float32_model_is_not_rounded_before_the_delta_is_added(
     name: str, tmp_path: Path
 ) -> None:
-    """compressed-tensors casts to the dtype of the model, here float32, and keeps the scales'."""
+    """compressed-tensors casts to the dtype of the model, here float32, and keeps the dtype of the
+    scales.
+    """
     source, base = FIXTURES / name, tmp_path / "base"
     shutil.copytree(source / "base", base)
     config = json.loads((source / "base/config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Every format of `--dequantize` on files that the real libraries wrote, bit for bit."""
+"""Every format of `--dequantize` on files of the real libraries, compared bit by bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Tensors = Mapping[str, NDArray[Any]]
 
 
 def merged(name: str, out: Path, **options: Any) -> Tensors:
-    """Merge a fixture's adapter into its base, dequantized."""
+    """Merge a fixture's adapter into the fixture's base with --dequantize."""
     folder = FIXTURES / name
     base = BaseOptions(str(folder / "base"))
     merge(folder / "adapter", out, base=base, options=MergeOptions(dequantize=True, **options))
@@ -47,7 +47,7 @@ def values(tensor: NDArray[Any]) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_are_those_of_the_library_and_merged_ones_have_the_delta(
+def test_weights_equal_the_library_s_and_merged_weights_have_the_delta(
     name: str, tmp_path: Path
 ) -> None:
     told = json.loads((FIXTURES / name / "expected.json").read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def test_weights_are_those_of_the_library_and_merged_ones_have_the_delta(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_of_the_quantizer_is_left(name: str, tmp_path: Path) -> None:
+def test_no_file_or_field_of_the_quantizer_is_left(name: str, tmp_path: Path) -> None:
     merged(name, tmp_path / "out")
     out = tmp_path / "out"
     assert "quantization_config" not in (out / "config.json").read_text(encoding="utf-8")
@@ -99,7 +99,9 @@ def test_validate_says_that_a_merge_can_dequantize_the_base(name: str) -> None:
 
 
 def with_tensors(source: Path, base: Path, changed: Tensors, left_out: str = "") -> None:
-    """Write a copy of a base with other tensors; those whose names begin as said are left out."""
+    """Write a copy of a base with changed tensors, without the tensors whose names begin with a
+    prefix.
+    """
     shutil.copytree(source, base)
     (base / "model.safetensors").unlink()
     with open_local(source / "model.safetensors") as opened:
@@ -114,7 +116,7 @@ PLAIN = "model.layers.0.self_attn.q_proj.weight"
 
 
 def with_a_plain_layer(name: str, base: Path) -> Tensors:
-    """Write a base with one plain layer; return the expected tensors."""
+    """Write a base with a plain layer; return the expected tensors."""
     expected = load_file(FIXTURES / name / "expected.safetensors")
     plain = {PLAIN: expected[f"dequantized.{PLAIN}"]}
     with_tensors(FIXTURES / name / "base", base, plain, left_out=PLAIN.removesuffix("weight"))
@@ -130,7 +132,7 @@ def with_a_plain_layer(name: str, base: Path) -> Tensors:
         ("fp8-block", "only if the base is loaded dequantized"),
     ],
 )
-def test_the_fate_of_a_plain_layer_that_the_config_calls_quantized_is_told(
+def test_a_plain_layer_that_the_config_calls_quantized_is_a_note(
     name: str, told: str, tmp_path: Path
 ) -> None:
     with_a_plain_layer(name, tmp_path / "base")
@@ -145,7 +147,7 @@ def test_the_fate_of_a_plain_layer_that_the_config_calls_quantized_is_told(
     ("name", "is_lost"),
     [("gptq-8bit", True), ("awq-gemm", True), ("bnb-nf4", False), ("ct-fp8-channel", False)],
 )
-def test_a_plain_layer_that_a_loader_takes_for_packed_is_a_warning(
+def test_a_plain_layer_that_a_loader_reads_as_packed_is_a_warning(
     name: str, is_lost: bool, tmp_path: Path
 ) -> None:
     with_a_plain_layer(name, tmp_path / "base")
@@ -161,7 +163,7 @@ def test_a_plain_layer_that_a_loader_takes_for_packed_is_a_warning(
 
 
 @pytest.mark.parametrize("name", ["bnb-nf4", "torchao-int8", "ct-fp8-channel"])
-def test_a_plain_layer_that_the_config_calls_quantized_is_merged_as_it_is(
+def test_a_plain_layer_that_the_config_calls_quantized_is_merged_as_a_plain_layer(
     name: str, tmp_path: Path
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
@@ -218,7 +220,7 @@ def test_a_layer_that_the_config_skips_is_plain_and_is_merged(
         ("ct-fp8-channel", "ignore", ["re:.*q_proj"], 0),
     ],
 )
-def test_a_packed_layer_that_a_loader_takes_for_plain_is_a_warning(
+def test_a_packed_layer_that_a_loader_reads_as_plain_is_a_warning(
     name: str, field: str, listed: list[object], count: int, tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(FIXTURES / name / "base", tmp_path / "base"))
@@ -254,16 +256,16 @@ def test_a_command_unpacks_a_base_once(tmp_path: Path) -> None:
 
 
 def assert_no_delta(folder: Path, base: Path | BaseOptions, out: Path, match: str) -> None:
-    """Assert that a merge of the fixture's adapter is refused, and writes nothing."""
+    """Check that a merge of the fixture's adapter is refused and writes nothing."""
     with pytest.raises(CheckpointError, match=match):
         merge(folder / "adapter", out, base=base, options=MergeOptions(dequantize=True))
     assert not out.exists()
 
 
-def found_and_wanted(
+def found_and_expected(
     folder: Path, base: Path | BaseOptions, out: Path, key: str
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Merge the fixture's adapter; return a dequantized weight, and the weight of the library."""
+    """Merge the fixture's adapter; return a dequantized weight and the library's weight."""
     merge(folder / "adapter", out, base=base, options=MergeOptions(dequantize=True))
     wanted = load_file(folder / "expected.safetensors")[f"dequantized.{key}"]
     return tensors_of(out)[key].astype(np.float32), wanted.astype(np.float32)
@@ -283,13 +285,13 @@ def test_an_fp8_value_that_is_nan_stays_nan_and_takes_no_delta(
     if layer == "self_attn.q_proj":
         assert_no_delta(folder, base, tmp_path / "out", rf"V530 {key}: its value at \[1, 2\]")
         return
-    found, wanted = found_and_wanted(folder, base, tmp_path / "out", key)
+    found, wanted = found_and_expected(folder, base, tmp_path / "out", key)
     wanted[1, 2:4] = np.nan
     np.testing.assert_array_equal(found, wanted)
 
 
 def half_nf4(key: str, parts: Tensors, _row: int) -> Tensors:
-    """A weight of float16 whose first block is larger than float16 can hold."""
+    """Change a float16 weight so that its first block exceeds the range of float16."""
     state = f"{key}.quant_state.bitsandbytes__nf4"
     text = parts[state].tobytes().replace(b"bfloat16", b"float16")
     absmax = parts[f"{key}.absmax"].copy()
@@ -298,7 +300,7 @@ def half_nf4(key: str, parts: Tensors, _row: int) -> Tensors:
 
 
 def large_gptq(key: str, parts: Tensors, row: int) -> Tensors:
-    """A scale with which most codes of an output are larger than float16 can hold."""
+    """Change a scale so that most codes of an output exceed the range of float16."""
     scales = parts[f"{key.removesuffix('weight')}scales"].copy()
     scales[:, row] = 65504
     return {f"{key.removesuffix('weight')}scales": scales}
@@ -317,7 +319,7 @@ def test_a_value_that_overflows_as_in_the_library_is_kept_and_takes_no_delta(
     if layer == "self_attn.q_proj":
         assert_no_delta(folder, given, tmp_path / "out", rf"V530 {key}: its value at \[1, ")
         return
-    found, wanted = found_and_wanted(folder, given, tmp_path / "out", key)
+    found, wanted = found_and_expected(folder, given, tmp_path / "out", key)
     is_large = np.isinf(found)
     assert is_large[row].any()
     assert not np.delete(is_large, row, axis=0).any()
@@ -331,12 +333,12 @@ def test_an_expert_that_overflows_as_in_the_library_is_kept(tmp_path: Path) -> N
         scales = from_file(TensorFile(opened), f"{key}_scales").array().copy()
     scales[0, 0, 0] = 254
     with_tensors(folder / "base", base, {f"{key}_scales": scales})
-    found, wanted = found_and_wanted(folder, base, tmp_path / "out", key)
+    found, wanted = found_and_expected(folder, base, tmp_path / "out", key)
     assert np.isinf(found[0, :32, 0]).any()
     np.testing.assert_array_equal(np.sign(found), np.sign(wanted))
 
 
-def test_the_refusal_of_a_packed_base_names_dequantize_where_it_helps(tmp_path: Path) -> None:
+def test_the_refusal_of_a_packed_base_names_dequantize_if_the_option_helps(tmp_path: Path) -> None:
     folder = FIXTURES / "bnb-nf4"
     with pytest.raises(CheckpointError) as caught:
         merge(folder / "adapter", tmp_path / "out", base=folder / "base")
@@ -346,7 +348,7 @@ def test_the_refusal_of_a_packed_base_names_dequantize_where_it_helps(tmp_path: 
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "mxfp4" not in name])
-def test_a_broken_layer_of_the_adapter_is_refused_with_its_defect(
+def test_a_broken_packed_layer_is_refused_with_the_name_of_the_defect(
     name: str, tmp_path: Path
 ) -> None:
     folder, base = FIXTURES / name, tmp_path / "base"
@@ -386,7 +388,7 @@ def test_a_base_that_does_not_decide_the_rounding_needs_its_dtype(
     assert first[key].tobytes() != second[key].tobytes()
 
 
-def test_a_4_bit_base_without_a_word_in_its_config_leaves_the_rounding_open(tmp_path: Path) -> None:
+def test_a_4_bit_base_without_settings_does_not_decide_the_rounding(tmp_path: Path) -> None:
     folder, base = FIXTURES / "bnb-nf4-double-noproj", tmp_path / "base"
     shutil.copytree(folder / "base", base)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
@@ -402,7 +404,7 @@ def test_a_4_bit_base_without_a_word_in_its_config_leaves_the_rounding_open(tmp_
     assert all(found[key].tobytes() == wanted[key].tobytes() for key in wanted)
 
 
-def test_an_fp8_base_that_two_methods_can_have_written_is_not_guessed(tmp_path: Path) -> None:
+def test_an_fp8_base_that_fits_two_methods_is_refused(tmp_path: Path) -> None:
     folder, base = FIXTURES / "ct-fp8-channel", tmp_path / "base"
     shutil.copytree(folder / "base", base)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))

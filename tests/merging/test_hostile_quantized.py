@@ -1,4 +1,4 @@
-"""Hostile quantized bases: every command ends with a code, in little time and memory."""
+"""Hostile quantized bases: every command ends with a code, soon and with little memory."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ FIXTURES = DATA / "quantized"
 NAMES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
 CODE = re.compile(r"\bV\d\d\d\b")
 LONG = 1 << 31
-"""The values of a row that no command may hold in memory."""
+"""The number of values in a row that no command may hold in memory."""
 
 
 @dataclass
 class Weights:
-    """The weight file of a base, changed before a test writes the file again.
+    """The weight file of a base, which a test changes and writes again.
 
     Attributes:
-        packed: the first quantized weight.
-        header: the dtype and the shape of each tensor.
-        metadata: the metadata.
-        data: the bytes of each tensor.
-        sizes: the bytes of tensors in the file that are more than `data` has: holes follow.
-        settings: the quantization_config of the base.
+    packed: the first quantized weight.
+    header: the dtype and the shape of each tensor.
+    metadata: the metadata.
+    data: the bytes of each tensor.
+    sizes: the number of bytes of each tensor in the new file; a hole follows shorter `data`.
+    settings: the quantization_config of the base.
     """
 
     packed: PackedWeight
@@ -51,7 +51,7 @@ class Weights:
     sizes: dict[str, int] = field(default_factory=dict)
 
     def set(self, name: str, shape: list[int], size: int) -> None:
-        """Give a tensor another shape, and a file with as many bytes."""
+        """Change a tensor's shape, and the number of bytes to match."""
         self.header[name]["shape"] = shape
         self.data[name] = self.data[name][:size]
         self.sizes[name] = size
@@ -93,7 +93,7 @@ def write(weights: Weights, folder: Path) -> None:
 
 
 def the_parts_are_bytes_of_ones(weights: Weights) -> None:
-    """Scales that are NaN, groups of the number -1, and states that are no JSON."""
+    """Set all bits: scales become NaN, group numbers become -1, and states are not JSON."""
     for part in weights.packed.parts:
         weights.data[part] = b"\xff" * len(weights.data[part])
 
@@ -116,7 +116,7 @@ def every_other_part_is_a_million_times_longer(weights: Weights) -> None:
 
 
 def a_text_is_no_json(weights: Weights) -> None:
-    """The text that describes the weight; or the bytes of all other parts."""
+    """Spoil the text that describes the weight, or the bytes of all other parts."""
     if weights.packed.name in weights.metadata:
         weights.metadata[weights.packed.name] = "{" * 100_000
         return
@@ -128,7 +128,7 @@ def a_text_is_no_json(weights: Weights) -> None:
 
 
 def the_settings_name_groups_of_one(weights: Weights) -> None:
-    """A scale for each value, in the settings, the state or the metadata."""
+    """Declare a scale for each value, in the settings, the state or the metadata."""
     number = re.compile(r'"((?:group|block)_?size|bits|num_bits)": ?-?\d+')
     lists = re.compile(r'"(\w*block_s\w+)": ?\[[^\]]*\]')
 
@@ -153,7 +153,7 @@ CHANGES: tuple[Callable[[Weights], None], ...] = (
     the_settings_name_groups_of_one,
 )
 WITHOUT_GROUPS = ("bnb-int8", "mxfp4", "ct-fp8")
-"""Fixtures whose format has no sizes of groups in the settings."""
+"""Fixtures whose settings hold no group size."""
 
 
 def ended_well(ended: Ended) -> Ended:
@@ -162,7 +162,7 @@ def ended_well(ended: Ended) -> Ended:
 
 
 def changed_base(name: str, change: Callable[[Weights], None], folder: Path) -> Path:
-    """Write a copy of a fixture's base with changed weights; return the copy's folder."""
+    """Write a changed copy of a fixture's base, and return the copy's folder."""
     base = Path(shutil.copytree(FIXTURES / name / "base", folder))
     weights = read(base)
     change(weights)
@@ -171,7 +171,7 @@ def changed_base(name: str, change: Callable[[Weights], None], folder: Path) -> 
 
 
 def assert_refused(name: str, base: Path, run: Run, out: Path) -> Ended:
-    """All commands end; a merge is refused with a code, and writes nothing."""
+    """Check that all commands end, and that a merge is refused with a code and writes nothing."""
     adapter = FIXTURES / name / "adapter"
     with in_time(), in_memory():
         for command in ("validate", "info"):
@@ -231,14 +231,14 @@ def test_hostile_lists_end_in_little_time_and_memory(number: int, tmp_path: Path
 
     base, adapter = changed_base(name, change, tmp_path / "base"), FIXTURES / name / "adapter"
     for command in (("validate", adapter), ("merge", adapter, tmp_path / "out", "--dequantize")):
-        before = sum(os.times()[:4])  # of all processors: a busy machine takes no more
+        before = sum(os.times()[:4])  # CPU time, which other load on the machine does not change
         with in_memory():
             ended = ended_well(run(*command, "--base", base, "--offline"))
         assert sum(os.times()[:4]) - before < LIMIT_SECONDS
         assert ended.status == 0 or CODE.search(ended.out + ended.err)
 
 
-# --- rows that no memory holds -------------------------------------------------------------------
+# --- rows that do not fit into memory ------------------------------------------------------------
 
 
 def wide_nf4(weights: Weights) -> None:
@@ -292,7 +292,7 @@ def wide_experts(weights: Weights) -> None:
         ("mxfp4-gpt-oss-noproj", wide_experts),
     ],
 )
-def test_a_row_that_no_memory_holds_is_refused(
+def test_a_row_that_does_not_fit_into_memory_is_refused(
     name: str, widen: Callable[[Weights], None], tmp_path: Path, run: Run
 ) -> None:
     base = changed_base(name, widen, tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Merged models equal PEFT's, and an adapter that does not fit whole is refused."""
+"""Merged models equal PEFT's; an adapter that does not fit the base completely is refused."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"
 
 
-# --- what PEFT computes --------------------------------------------------------------------------
+# --- compared with PEFT --------------------------------------------------------------------------
 
 
 def tolerance_of(expected: Any, tensor: Any) -> float:
-    """The tolerance in a fixture: a number, or one last bit of the largest value."""
+    """Return a fixture's tolerance: a number, or one last bit of the largest value."""
     given = expected["tolerance"]["changed_tensors_max_abs"]
     if isinstance(given, float):
         return given
@@ -39,7 +39,7 @@ def tolerance_of(expected: Any, tensor: Any) -> float:
 
 
 @pytest.mark.parametrize("path", EXPECTED, ids=lambda path: path.relative_to(FIXTURES).as_posix())
-def test_a_merge_is_what_peft_merged(path: Path, tmp_path: Path) -> None:
+def test_a_merge_equals_the_merge_of_peft(path: Path, tmp_path: Path) -> None:
     expected = json.loads(path.read_bytes())
     ignored = "ignored the stored" in expected.get("default_semantics_note", "")
     projections = ProjectionSource.KEY if ignored else ProjectionSource.AUTO
@@ -61,7 +61,7 @@ def test_a_merge_is_what_peft_merged(path: Path, tmp_path: Path) -> None:
     assert {each.name for each in done.tensors} == changed.keys()
 
 
-def test_each_dtype_keeps_its_own(tmp_path: Path) -> None:
+def test_each_tensor_keeps_its_dtype(tmp_path: Path) -> None:
     stored = {
         name: array.astype(ml_dtypes.bfloat16 if name.endswith("_b") else array.dtype)
         for name, array in good_tensors().items()
@@ -115,12 +115,14 @@ def test_a_weight_of_zero_changes_nothing(tmp_path: Path, adapter: Path, base: P
 
 
 @pytest.mark.parametrize("weight", [float("inf"), float("nan")])
-def test_a_weight_is_finite(tmp_path: Path, adapter: Path, base: Path, weight: float) -> None:
+def test_a_weight_that_is_not_finite_is_refused(
+    tmp_path: Path, adapter: Path, base: Path, weight: float
+) -> None:
     with pytest.raises(UsageError, match="finite"):
         merged_with(adapter, base, tmp_path / "out", weight=weight)
 
 
-# --- refused, and nothing left -------------------------------------------------------------------
+# --- refusals, which leave no files --------------------------------------------------------------
 
 
 def test_names_that_do_not_fit_are_refused_with_counts_and_examples(
@@ -140,7 +142,7 @@ def test_names_that_do_not_fit_are_refused_with_counts_and_examples(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "vlm"]
 
 
-def test_one_layer_that_is_missing_is_enough(tmp_path: Path, adapter: Path) -> None:
+def test_a_single_missing_layer_is_refused(tmp_path: Path, adapter: Path) -> None:
     name = "model.layers.1.self_attn.v_proj.weight"
     base = filled_base(tmp_path / "base", tensors={name: None})
     assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V520"
@@ -179,13 +181,13 @@ def test_a_shard_that_is_missing_is_refused(tmp_path: Path, adapter: Path) -> No
     assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V507"
 
 
-def test_without_a_base_it_is_asked_for(tmp_path: Path) -> None:
+def test_an_adapter_without_a_base_on_the_hub_needs_the_option_base(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "a", base_model_name_or_path="/data/llama")
     with pytest.raises(UsageError, match="--base"):
         merge(adapter, tmp_path / "out")
 
 
-def test_space_is_looked_at_before_anything_is_written(
+def test_free_space_is_checked_before_any_write(
     tmp_path: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
@@ -195,7 +197,7 @@ def test_space_is_looked_at_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_fails_as_the_merge_would_where_space_is_short(
+def test_a_dry_run_fails_like_a_merge_if_space_is_short(
     tmp_path: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
@@ -204,7 +206,7 @@ def test_a_dry_run_fails_as_the_merge_would_where_space_is_short(
         merged_with(adapter, base, tmp_path / "out", dry_run=True)
 
 
-def test_too_little_memory_is_said_so(
+def test_too_little_memory_is_reported(
     tmp_path: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -216,10 +218,10 @@ def test_too_little_memory_is_said_so(
     assert not (tmp_path / "out").exists()
 
 
-# --- what it says --------------------------------------------------------------------------------
+# --- warnings, provenance and card ---------------------------------------------------------------
 
 
-def test_a_delta_below_the_last_bit_is_warned_of(tmp_path: Path, adapter: Path) -> None:
+def test_a_delta_below_the_last_bit_is_a_warning(tmp_path: Path, adapter: Path) -> None:
     base = filled_base(tmp_path / "base", dtype="bfloat16")
     done = merged_with(adapter, base, tmp_path / "out", weight=1e-4)
     assert [finding.code for finding in done.findings] == ["V537"]
@@ -275,7 +277,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, adapter: Path) -> None:
     assert done.seconds > 0
 
 
-def test_everything_can_be_checked(tmp_path: Path, adapter: Path) -> None:
+def test_a_merge_with_check_gives_the_same_model(tmp_path: Path, adapter: Path) -> None:
     base = filled_base(tmp_path / "base", shards=2)
     merged_with(adapter, base, tmp_path / "out", check=True)
     assert_same(tensors_of(tmp_path / "out"), expected_tensors({adapter: 1.0}, base))

@@ -1,4 +1,4 @@
-"""Merges from the Hub: the files that a merge fetches, and the files that stay there."""
+"""Merges from the Hub: the files that a merge downloads, and the files that are not needed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def merged(tmp_path: Path, adapter: str | Path, base: str | None = None, **optio
     )
 
 
-def test_adapters_and_the_base_they_name_come_from_the_hub(
+def test_adapters_and_their_base_come_from_the_hub(
     server: HubServer, tmp_path: Path, adapter: Path, base: Path
 ) -> None:
     files = bytes_by_name(adapter)
@@ -75,7 +75,7 @@ def test_adapters_and_the_base_they_name_come_from_the_hub(
     assert "pytorch_model.bin" not in {path.rpartition("/")[2] for path in server.paths()}
 
 
-def test_a_dry_run_reads_headers_alone(
+def test_a_dry_run_reads_only_headers(
     server: HubServer, tmp_path: Path, adapter: Path, base: Path
 ) -> None:
     content = bytes_by_name(base)
@@ -128,7 +128,7 @@ def test_a_dry_run_does_not_compare_a_copy_of_the_head_on_the_hub(
     merged(tmp_path, on_the_head(tmp_path / "head", **own), "org/base", dry_run=True)
 
 
-def test_what_was_merged_once_is_merged_offline(
+def test_a_merge_can_be_repeated_offline(
     server: HubServer, tmp_path: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.add("org/base", bytes_by_name(base))
@@ -142,7 +142,7 @@ def test_what_was_merged_once_is_merged_offline(
 
 
 @pytest.mark.parametrize("appended", [True, False])
-def test_an_input_that_changes_between_two_looks_is_refused(
+def test_an_input_that_changes_between_two_reads_is_refused(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, appended: bool
 ) -> None:
     base = filled_base(tmp_path / "base")
@@ -161,7 +161,7 @@ def test_an_input_that_changes_between_two_looks_is_refused(
         merged(tmp_path, adapter, str(base))
 
 
-def test_a_file_that_stayed_on_the_hub_is_warned_of(tmp_path: Path) -> None:
+def test_a_file_that_was_not_downloaded_is_a_warning(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     (adapter / "2_Dense").mkdir()
     (adapter / "2_Dense" / "config.json").write_text("{}")

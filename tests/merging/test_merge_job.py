@@ -1,4 +1,4 @@
-"""Merges that are published whole, and continued where they were stopped."""
+"""A merge appears completely or not at all, and continues after an interruption."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_force_deletes_nothing_that_no_merge_wrote(
     assert len([*out.glob("model-*.safetensors")]) > 1
 
 
-def test_a_provenance_alone_makes_no_folder_a_merged_model(
+def test_a_folder_with_only_a_provenance_is_no_merged_model(
     tmp_path: Path, adapter: Path, base: Path
 ) -> None:
     for number, text in enumerate(
@@ -80,7 +80,7 @@ class StopError(Exception):
 
 
 def stopped(adapter: Path, base: Path, out: Path, after: int, **options: Any) -> BaseException:
-    """Merge until so many shards are finished; return what came of it."""
+    """Merge until this number of shards is finished; return the error that stopped the merge."""
     real, count = Journal.add, itertools.count()
 
     def add(self: Journal, name: str, finished: Finished) -> None:
@@ -126,7 +126,7 @@ def test_a_stopped_merge_is_continued(
     assert not hidden(tmp_path)
 
 
-def test_a_run_that_does_not_continue_removes_what_was_kept(
+def test_a_run_that_does_not_continue_removes_the_kept_shards(
     tmp_path: Path, adapter: Path, sharded: Path
 ) -> None:
     stopped(adapter, sharded, tmp_path / "out", after=1)
@@ -138,7 +138,7 @@ def test_a_run_that_does_not_continue_removes_what_was_kept(
 
 
 @pytest.mark.parametrize("what", ["options", "adapter", "base"])
-def test_nothing_is_taken_over_where_an_input_or_option_differs(
+def test_no_shard_is_reused_if_an_input_or_option_differs(
     tmp_path: Path, adapter: Path, sharded: Path, what: str
 ) -> None:
     stopped(adapter, sharded, tmp_path / "out", after=3)
@@ -159,7 +159,7 @@ def test_nothing_is_taken_over_where_an_input_or_option_differs(
     assert not hidden(tmp_path)
 
 
-def test_a_shard_that_was_touched_is_made_again(
+def test_a_shard_that_was_modified_is_computed_again(
     tmp_path: Path, adapter: Path, sharded: Path
 ) -> None:
     merged_with(adapter, sharded, tmp_path / "whole")
@@ -173,7 +173,7 @@ def test_a_shard_that_was_touched_is_made_again(
     assert bytes_by_name(tmp_path / "out") == bytes_by_name(tmp_path / "whole")
 
 
-def test_a_shard_whose_times_were_put_back_is_made_again(
+def test_a_modified_shard_with_its_old_times_is_computed_again(
     tmp_path: Path, adapter: Path, sharded: Path
 ) -> None:
     merged_with(adapter, sharded, tmp_path / "whole")
@@ -190,7 +190,7 @@ def test_a_shard_whose_times_were_put_back_is_made_again(
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such modes")
 @pytest.mark.parametrize("is_of", ["another user", "a group"])
-def test_a_hidden_folder_that_others_may_have_filled_is_neither_adopted_nor_removed(
+def test_a_hidden_folder_of_other_users_is_neither_reused_nor_removed(
     tmp_path: Path, adapter: Path, sharded: Path, is_of: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merged_with(adapter, sharded, tmp_path / "whole")
@@ -216,7 +216,7 @@ def test_a_hidden_folder_that_others_may_have_filled_is_neither_adopted_nor_remo
         assert bytes_by_name(kept) == before
 
 
-def test_what_is_kept_already_needs_no_space_again(
+def test_kept_shards_do_not_count_as_needed_space(
     tmp_path: Path, adapter: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped(adapter, sharded, tmp_path / "out", after=3)
@@ -237,7 +237,7 @@ def test_what_is_kept_already_needs_no_space_again(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="others allow no such names")
-def test_a_file_name_that_is_no_utf_8_is_copied_and_the_provenance_can_be_read(
+def test_a_file_whose_name_is_not_utf_8_is_copied_and_the_provenance_can_be_read(
     tmp_path: Path, adapter: Path, base: Path, run: Run
 ) -> None:
     odd = os.fsdecode(b"note\xff.txt")
@@ -250,7 +250,7 @@ def test_a_file_name_that_is_no_utf_8_is_copied_and_the_provenance_can_be_read(
     merged_with(adapter, base, tmp_path / "out", force=True)
 
 
-def test_of_a_single_file_nothing_is_kept(
+def test_a_stopped_merge_into_a_single_file_keeps_no_file(
     tmp_path: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
@@ -262,7 +262,7 @@ def test_of_a_single_file_nothing_is_kept(
     assert not hidden(tmp_path)
 
 
-def test_an_input_that_changes_meanwhile_is_refused(
+def test_an_input_that_changes_during_the_merge_is_refused(
     tmp_path: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def meddle(*given: Any) -> None:
@@ -293,7 +293,7 @@ print(next(line.split()[1] for line in status.splitlines() if line.startswith("V
 
 
 def deep(folder: Path, layers: int) -> tuple[Path, Path]:
-    """An adapter and a base of so many layers, each of 1 MB."""
+    """Write an adapter and a base with this number of layers, each of 1 MB."""
     values = np.random.default_rng(0)
     modules = [f"model.layers.{n}.self_attn.q_proj" for n in range(layers)]
     vectors = {

@@ -1,4 +1,4 @@
-"""The layout of a merged model's weights: kept to the byte, or made anew."""
+"""The file layout of a merged model's weights: unchanged from the base, or new."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_shards_keep_their_headers_and_the_index_its_bytes(tmp_path: Path, adapt
     assert (tmp_path / "out" / INDEX).read_bytes() == (base / INDEX).read_bytes()
 
 
-def test_an_odd_header_is_kept_as_it_is(tmp_path: Path, adapter: Path, base: Path) -> None:
+def test_an_unusual_header_is_kept_unchanged(tmp_path: Path, adapter: Path, base: Path) -> None:
     content = (base / "model.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")
     document = json.loads(content[8 : 8 + length])
@@ -56,7 +56,7 @@ def test_shards_may_lie_in_subfolders(tmp_path: Path, adapter: Path) -> None:
     assert (tmp_path / "out" / INDEX).read_text() == text
 
 
-def test_a_wrong_total_size_is_put_right(tmp_path: Path, adapter: Path) -> None:
+def test_a_wrong_total_size_is_corrected(tmp_path: Path, adapter: Path) -> None:
     base = filled_base(tmp_path / "base", shards=2)
     text = (base / INDEX).read_text()
     total = json.loads(text)["metadata"]["total_size"]
@@ -67,7 +67,9 @@ def test_a_wrong_total_size_is_put_right(tmp_path: Path, adapter: Path) -> None:
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("limit", [2500, 6000, 10**9])
-def test_shards_can_be_made_anew(tmp_path: Path, adapter: Path, shards: int, limit: int) -> None:
+def test_shards_can_get_another_size(
+    tmp_path: Path, adapter: Path, shards: int, limit: int
+) -> None:
     base = filled_base(tmp_path / "base", shards=shards)
     merged_with(adapter, base, tmp_path / "out", max_shard_size=limit)
     assert_same(tensors_of(tmp_path / "out"), expected_tensors({adapter: 1.0}, base))
@@ -104,7 +106,7 @@ def test_float_tensors_can_be_given_another_dtype(
         assert total == sum(tensor.nbytes for tensor in found.values())
 
 
-def test_a_dtype_that_is_none_is_refused(tmp_path: Path, adapter: Path, base: Path) -> None:
+def test_an_unknown_dtype_is_refused(tmp_path: Path, adapter: Path, base: Path) -> None:
     with pytest.raises(UsageError, match=r"int4.*float64, float32, bfloat16, float16"):
         merged_with(adapter, base, tmp_path / "out", dtype="int4")
 

@@ -1,4 +1,4 @@
-"""Real models, merged by the installed PEFT and by us, compared tensor by tensor."""
+"""Merge real models with the installed PEFT and with this package, and compare every tensor."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ MAMBA = {
     "chunk_size": 8,
     "tie_word_embeddings": False,
 }
-"""The range that its time steps are limited to ends at infinity."""
+"""The default of Mamba 2's `time_step_limit` ends at infinity."""
 
 
 def by_peft(name: str, base: Path, adapter: Path, folder: Path) -> Tensors:
     model = peft.PeftModel.from_pretrained(loaded(name, base), adapter)
     if name == "RobertaForSequenceClassification":
-        return with_its_head(model)  # PEFT cannot unload a head that is more than one layer
+        return with_its_head(model)  # PEFT cannot unload a head that has more than one layer
     model.merge_and_unload().save_pretrained(folder)
     return tensors_of(folder)
 
@@ -65,7 +65,9 @@ CASES = [
 def assert_same_logits(
     name: str, base: Path, adapter: Path, ours: Path, logits: str = "logits"
 ) -> None:
-    """Check that our merge gives the logits of PEFT's adapter, and that the base gives others."""
+    """Check that our merge gives the logits of PEFT's adapter, and that the base's logits
+    differ.
+    """
     tokens = {"input_ids": torch.tensor([[3, 5, 8, 13, 21]])}
     if name.startswith("T5"):
         tokens["decoder_input_ids"] = tokens["input_ids"]
@@ -78,7 +80,7 @@ def assert_same_logits(
 
 
 @pytest.mark.parametrize(("name", "dtype", "stored"), CASES)
-def test_a_merge_equals_that_of_peft(name: str, dtype: str, stored: bool, tmp_path: Path) -> None:
+def test_a_merge_equals_peft_s_merge(name: str, dtype: str, stored: bool, tmp_path: Path) -> None:
     base = saved(tmp_path / "base", name, dtype)
     targets = TARGETS.get(name, "all-linear")
     adapter = trained(tmp_path / "adapter", base, name, targets=targets, stored=stored)
@@ -128,7 +130,7 @@ def test_a_model_with_an_infinite_number_in_its_config_merges_as_by_peft(
 def test_trained_biases_are_merged_as_by_peft(
     name: str, copy: str, bias: str, tmp_path: Path
 ) -> None:
-    """With bias "all" PEFT stores a saved head's bias three times, and reads one of them."""
+    """With bias "all", PEFT stores a saved head's bias three times, and reads one of the copies."""
     base = saved(tmp_path / "base", name, "float32")
     adapter = trained(tmp_path / "adapter", base, name, targets=["query"], stored=True, bias=bias)
     stored = tensors_of(adapter)
@@ -204,7 +206,7 @@ def test_an_embedding_saved_without_its_tied_head_gives_the_logits_of_the_adapte
 def test_a_resized_tied_head_gives_the_logits_of_the_adapter(
     saved_module: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PEFT stores the weight of the resized head, and loads it into head and embedding."""
+    """PEFT stores the weight of the resized head, and loads the weight into head and embedding."""
     name = "GPT2LMHeadModel"
     base = saved(tmp_path / "base", name, "float32")
     model = loaded(name, base)
@@ -229,10 +231,10 @@ def test_a_resized_tied_head_gives_the_logits_of_the_adapter(
 
 
 @needs("transformers", "5.0", "earlier releases do not fuse experts")
-def test_experts_of_before_transformers_5_merge_though_peft_cannot_load_them(
+def test_experts_from_before_transformers_5_are_merged_although_peft_cannot_load_them(
     tmp_path: Path,
 ) -> None:
-    """Files still hold each expert by itself, under the names that such an adapter has."""
+    """The files still hold each expert separately, under the names in old adapters."""
     from adapters import good_adapter, good_tensors
 
     base = saved(tmp_path / "base", "MixtralForCausalLM", "float32")
@@ -257,10 +259,10 @@ def test_experts_of_before_transformers_5_merge_though_peft_cannot_load_them(
 
 
 @needs("transformers", "5.0", "earlier releases do not fuse experts")
-def test_experts_that_were_trained_whole_give_the_logits_of_the_adapter(
+def test_fully_trained_experts_give_the_logits_of_the_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PEFT saves the fused experts, and cannot unload a module that is more than one layer."""
+    """PEFT saves the fused experts, and cannot unload a module with more than one layer."""
     name = "MixtralForCausalLM"
     base = saved(tmp_path / "base", name, "float32")
     monkeypatch.setitem(HEADS, name, ["mlp"])
@@ -269,7 +271,7 @@ def test_experts_that_were_trained_whole_give_the_logits_of_the_adapter(
     assert_same_logits(name, base, adapter, tmp_path / "ours")
 
 
-def test_the_trained_adapter_merged_into_its_model_gives_its_logits(
+def test_the_trained_adapter_merged_into_its_base_gives_the_adapter_s_logits(
     minilm: Path, minilm_model: Path, tmp_path: Path
 ) -> None:
     adapter = minilm / "save_projection_false"

@@ -1,4 +1,4 @@
-"""Layouts that --dequantize does not read are refused by name, with the ways out."""
+"""Layouts that --dequantize does not read are refused by name, with three ways out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ FP8, TORCHAO = "fp8-block", "torchao-int8"
 
 
 def of_group(settings: Settings, layout: str) -> Settings:
-    """The settings of compressed-tensors with another format in each place that names one."""
+    """Return settings of compressed-tensors with another format in every place that names a
+    format.
+    """
     groups = {
         name: {**group, "format": layout} for name, group in settings["config_groups"].items()
     }
@@ -68,7 +70,9 @@ CLASSES = (
 
 
 def assert_refused(name: str, base: Path, label: str, run: Run, out: Path) -> None:
-    """A merge is refused by the format's name and with three ways out, with the option or not."""
+    """Check that a merge with or without the option is refused, with the format's name and three
+    ways out.
+    """
     for option in ((), ("--dequantize",)):
         adapter = FIXTURES / name / "adapter"
         ended = run("merge", adapter, out, "--base", base, "--base-dtype", "bfloat16", *option)

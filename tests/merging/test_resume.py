@@ -1,4 +1,4 @@
-"""Runs that are stopped and leave what they have for a later one, or nothing."""
+"""A run that is stopped keeps finished files for a later run, or keeps no files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vera_convert.publish.staging import Container
 
 
 class StopError(Exception):
-    """What stops a run."""
+    """The error that stops a run."""
 
 
 def own(path: Path) -> bool:
@@ -23,7 +23,7 @@ def own(path: Path) -> bool:
 
 
 def run(out: Path, *, keep: bool, continues: bool = True, stop: bool = True) -> dict[str, str]:
-    """Stage a file beside those that are there already; return what was there."""
+    """Stage a file, and return the names of the files that were already there."""
     with suppress(StopError), Output(out, is_own=own).staged_run(continues=continues) as staged:
         found = {path.name: path.read_text() for path in staged.folder.iterdir()}
         if staged.journal.exists():
@@ -41,7 +41,7 @@ def hidden(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_what_is_worth_keeping_is_there_for_the_next_run(tmp_path: Path) -> None:
+def test_kept_files_are_there_for_the_next_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(out, keep=True) == {}
     assert len(hidden(tmp_path)) == 1
@@ -52,32 +52,32 @@ def test_what_is_worth_keeping_is_there_for_the_next_run(tmp_path: Path) -> None
     assert not hidden(tmp_path)
 
 
-def test_what_is_not_worth_keeping_is_removed(tmp_path: Path) -> None:
+def test_files_that_are_not_kept_are_removed(tmp_path: Path) -> None:
     run(tmp_path / "out", keep=False)
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_run_that_does_not_continue_finds_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_run_that_does_not_continue_finds_no_files_and_leaves_no_files(tmp_path: Path) -> None:
     run(tmp_path / "out", keep=True)
     assert run(tmp_path / "out", keep=False, continues=False) == {}
     assert not hidden(tmp_path)
 
 
-def test_plain_staging_removes_it_too(tmp_path: Path) -> None:
+def test_plain_staging_removes_kept_files(tmp_path: Path) -> None:
     run(tmp_path / "out", keep=True)
     with Output(tmp_path / "out", is_own=own).staged() as folder:
         assert not [*folder.iterdir()]
     assert not hidden(tmp_path)
 
 
-def test_what_another_out_left_is_not_touched(tmp_path: Path) -> None:
+def test_kept_files_of_another_output_are_not_touched(tmp_path: Path) -> None:
     run(tmp_path / "other", keep=True)
     assert run(tmp_path / "out", keep=False) == {}
     assert len(hidden(tmp_path)) == 1
     assert run(tmp_path / "other", keep=False).keys() == {"0", "a", "journal"}
 
 
-def test_of_several_one_is_continued_and_none_stays(tmp_path: Path) -> None:
+def test_the_run_continues_one_of_several_containers_and_removes_all(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for _ in range(3):
         container = Container.beside(out)
@@ -89,7 +89,7 @@ def test_of_several_one_is_continued_and_none_stays(tmp_path: Path) -> None:
     assert not hidden(tmp_path)
 
 
-def test_the_container_of_a_living_run_is_left_to_it(tmp_path: Path) -> None:
+def test_the_container_of_a_live_run_is_not_touched(tmp_path: Path) -> None:
     out = tmp_path / "out"
     living = Container.beside(out)
     living.new.mkdir()
@@ -100,7 +100,7 @@ def test_the_container_of_a_living_run_is_left_to_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lacks", ["new", "journal"])
-def test_a_container_that_lacks_something_is_begun_anew(tmp_path: Path, lacks: str) -> None:
+def test_an_incomplete_container_is_not_continued(tmp_path: Path, lacks: str) -> None:
     out = tmp_path / "out"
     container = Container.beside(out)
     if lacks != "new":
@@ -113,7 +113,7 @@ def test_a_container_that_lacks_something_is_begun_anew(tmp_path: Path, lacks: s
     assert not hidden(tmp_path)
 
 
-def test_what_was_moved_away_for_a_moment_is_put_back_first(tmp_path: Path) -> None:
+def test_an_output_that_was_moved_aside_is_put_back_first(tmp_path: Path) -> None:
     out = tmp_path / "out"
     container = Container.beside(out)
     container.new.mkdir()
@@ -128,7 +128,7 @@ def test_what_was_moved_away_for_a_moment_is_put_back_first(tmp_path: Path) -> N
     assert not hidden(tmp_path)
 
 
-def test_an_out_that_exists_is_refused_all_the_same(tmp_path: Path) -> None:
+def test_an_existing_output_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="exists"):
         run(tmp_path / "out", keep=True)
@@ -142,7 +142,7 @@ def test_keeping_after_the_end_does_nothing(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
-def test_only_what_is_named_is_kept(tmp_path: Path) -> None:
+def test_only_named_files_are_kept(tmp_path: Path) -> None:
     staged = Staged(tmp_path, tmp_path / "journal")
     (tmp_path / "b/c").mkdir(parents=True)
     for name in ("a", "b/x", "b/c/y", "z"):
@@ -155,7 +155,7 @@ def test_only_what_is_named_is_kept(tmp_path: Path) -> None:
     assert "link" not in left
 
 
-def test_what_the_run_synced_itself_is_not_synced_again(
+def test_files_that_the_run_synced_are_not_synced_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, synced = filesystem._sync, list[str]()
