@@ -60,14 +60,17 @@ REPORTS = (
     Report(
         "a release of transformers moves layers, and older adapters match nothing",
         "huggingface/transformers #38927, huggingface/peft #2574",
-        ("test_each_form_of_llava_is_found_in_each", "test_names_of_two_releases_are_never_mixed"),
+        (
+            "test_each_layout_of_llava_is_found_in_each_other_layout",
+            "test_an_adapter_with_names_of_two_releases_is_refused",
+        ),
     ),
     Report(
         "half of the names were moved, and half of the adapter is applied",
         "illuin-tech/colpali #424, embeddings-benchmark/mteb #4673",
         (
             "V228-half_the_names_lack_the_prefix",
-            "test_mixed_layouts_are_never_half_applied",
+            "test_an_adapter_with_two_layouts_is_refused",
             "test_a_mixture_of_two_layouts_fits_no_base",
         ),
     ),
@@ -204,7 +207,7 @@ REPORTS = (
     Report(
         "files beside the weights are missing after a merge, or written anew",
         "arcee-ai/mergekit #275, modelscope/ms-swift #566",
-        ("test_side_files_are_carried_byte_for_byte", "code_lies_in_the_base"),
+        ("test_side_files_are_copied_byte_by_byte", "code_lies_in_the_base"),
     ),
     Report(
         "new tokens have no row in the merged embedding",
@@ -243,7 +246,10 @@ REPORTS = (
     Report(
         "stray weights beside the shards are loaded or merged as well",
         "unslothai/unsloth-zoo #808, Blaizzy/mlx-vlm #1464, #1827",
-        ("stray_weights_lie_in_the_base", "test_a_stray_file_is_reported_and_not_read"),
+        (
+            "stray_weights_lie_in_the_base",
+            "test_a_weight_file_that_the_index_does_not_name_is_reported_and_not_read",
+        ),
     ),
     Report(
         "the index names shards that are not there, and random values take their place",

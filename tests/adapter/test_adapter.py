@@ -1,4 +1,4 @@
-"""An adapter on disk as a record: every tensor has a meaning, or the adapter is refused."""
+"""Read an adapter as a record: every tensor has a meaning, or the adapter is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ATTENTION = f"{MODEL}model.layers.0.self_attn."
 
 
 def names(adapter: Adapter) -> list[str]:
-    """Return every tensor by its meaning in the adapter."""
+    """Return the names of all tensors that have a meaning in the adapter."""
     lambdas = [
         tensor for layer in adapter.layers.values() for tensor in (layer.lambda_b, layer.lambda_d)
     ]
@@ -45,7 +45,7 @@ def zeros(*shape: int) -> NDArray[Any]:
     return np.zeros(shape, np.float32)
 
 
-def test_reads_what_every_peft_wrote(fixtures: Path) -> None:
+def test_adapters_of_every_peft_are_read(fixtures: Path) -> None:
     folders = sorted(path.parent for path in fixtures.glob("*/*/adapter_config.json"))
     assert len(folders) == 74
     for folder in folders:
@@ -65,7 +65,7 @@ def test_reads_what_every_peft_wrote(fixtures: Path) -> None:
             assert adapter.fingerprint is None
 
 
-def test_reads_the_trained_adapter(minilm: Path) -> None:
+def test_the_trained_adapter_is_read(minilm: Path) -> None:
     with open_adapter(minilm / "save_projection_true") as adapter:
         assert adapter.projections is not None
         assert adapter.longest_b == adapter.projections.out_features == 1536
@@ -102,7 +102,7 @@ def test_each_tensor_keeps_its_own_dtype(tmp_path: Path) -> None:
         ({"modules_to_save": ["score"]}, ["score.weight"]),
         ({"modules_to_save": ["score"]}, ["model.score.dense.weight", "model.score.dense.bias"]),
         ({"modules_to_save": ["model.norm"]}, ["model.norm.weight"]),
-        # PEFT holds the name against the end of the path, wherever its elements begin.
+        # PEFT compares the name with the end of the path, also inside an element of the path.
         ({"modules_to_save": ["_norm"]}, ["model.final_norm.weight"]),
         ({"task_type": "SEQ_CLS"}, ["classifier.weight", "classifier.bias"]),
         (
@@ -204,7 +204,7 @@ def test_another_saved_module_can_be_the_head(
 
 
 def test_a_model_can_lack_some_of_the_modules_to_save(tmp_path: Path) -> None:
-    """PEFT requires one of the modules: a list can serve models of several types."""
+    """PEFT requires only one of the modules: a list can serve models of several types."""
     tensors = {f"{MODEL}lm_head.weight": zeros(4, 4)}
     folder = good_adapter(tmp_path / "a", tensors=tensors, modules_to_save=["lm_head", "wte"])
     (found,) = [each for each in validate(folder).findings if each.code == "V222"]
@@ -246,7 +246,7 @@ def test_the_only_saved_module_may_have_no_parameters(
     ],
     ids=str,
 )
-def test_a_tensor_that_nothing_explains_is_refused(
+def test_a_tensor_that_the_config_does_not_explain_is_refused(
     tmp_path: Path, config: dict[str, Any], name: str
 ) -> None:
     folder = good_adapter(tmp_path / "adapter", tensors={MODEL + name: zeros(4, 4)}, **config)
@@ -289,7 +289,7 @@ def test_modules_to_save_is_matched_as_peft_does(module: str, name: str, *, save
     )
 
 
-def test_the_defects_of_config_and_weights_are_told_at_once(tmp_path: Path) -> None:
+def test_defects_of_config_and_weights_are_reported_together(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", r="4")
     (folder / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError) as caught, open_adapter(folder):
@@ -311,7 +311,7 @@ def test_the_folder_of_a_named_adapter_is_found_in_its_parent(tmp_path: Path) ->
         open_adapter(named.parent).__enter__()
 
 
-def test_pickled_weights_come_with_a_recipe(tmp_path: Path) -> None:
+def test_the_refusal_of_pickled_weights_shows_a_conversion(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(CheckpointError, match=r"V012 .*weights_only=True.*save_file"):
@@ -349,7 +349,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(
             adapter.check_unchanged()
 
 
-def test_values_of_a_file_that_changed_are_not_handed_out(tmp_path: Path) -> None:
+def test_values_of_a_file_that_changed_are_not_returned(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     with open_adapter(folder) as adapter:
         _touched(folder / "adapter_model.safetensors")
@@ -385,7 +385,7 @@ PAIR = {"base_model.vera_A": (4, 16), "base_model.vera_B": (16, 4)}
 
 
 @given(st.dictionaries(NAMES, SHAPES, max_size=4), st.sampled_from([{}, PAIR]), CONFIGS)
-def test_no_tensor_is_without_a_meaning(
+def test_every_tensor_has_a_meaning_or_is_an_error(
     more: dict[str, tuple[int, ...]], pair: dict[str, tuple[int, ...]], config: VeraConfig
 ) -> None:
     layer = f"{ATTENTION}q_proj.vera_lambda_"
@@ -413,7 +413,7 @@ RESIZED_HEAD = ("weight", "modules_to_save.weight", "original_module.weight")
 
 
 def test_a_saved_head_of_a_resized_vocabulary_is_stored_three_times(tmp_path: Path) -> None:
-    """PEFT reads the plain name; the other two are copies."""
+    """PEFT reads the plain name; the other two tensors are copies."""
     head = {f"{MODEL}lm_head.{name}": zeros(40, 16) for name in RESIZED_HEAD}
     folder = good_adapter(tmp_path / "a", tensors=head, modules_to_save=["lm_head"])
     with open_adapter(folder) as adapter:
@@ -443,7 +443,9 @@ def test_a_copy_of_a_saved_head_without_the_plain_name_is_refused(
 def test_the_biases_of_a_saved_head_are_stored_three_times(
     tmp_path: Path, inside: str, copies: Sequence[str]
 ) -> None:
-    """So PEFT writes them with bias "all"; all three pass, and one replaces the base's."""
+    """With bias "all" PEFT stores a saved head's bias three times; one of the three replaces the
+    base's.
+    """
     bias = np.zeros(2, np.float32)
     plain = (f"{inside}bias", f"{inside}weight")
     head = {

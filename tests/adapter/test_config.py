@@ -1,4 +1,4 @@
-"""adapter_config.json: read strictly, edited in place."""
+"""Read adapter_config.json strictly, and edit its text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refused(**changes: object) -> dict[str, str]:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def test_reads_what_every_peft_wrote(fixtures: Path) -> None:
+def test_configs_of_every_peft_are_read(fixtures: Path) -> None:
     paths = sorted(fixtures.glob("*/*/adapter_config.json"))
     assert len(paths) == 74
     for path in paths:
@@ -89,7 +89,9 @@ def test_a_missing_field_has_pefts_default() -> None:
     ],
     ids=str,
 )
-def test_reads_what_peft_allows(change: dict[str, object], field: str, value: object) -> None:
+def test_all_forms_that_peft_allows_are_read(
+    change: dict[str, object], field: str, value: object
+) -> None:
     assert getattr(parsed(**change).config, field) == value
 
 
@@ -150,12 +152,12 @@ def test_a_value_that_peft_cannot_work_with_is_refused(change: dict[str, Any], c
     assert refused(**change).keys() == {code}
 
 
-def test_every_defect_is_told_at_once() -> None:
+def test_all_defects_are_reported_together() -> None:
     assert refused(r=True, bias=1, projection_prng_key="0").keys() == {"V103", "V105"}
     assert refused(r=0, bias="x", layers_pattern="h").keys() == {"V104", "V106", "V107"}
 
 
-def test_a_defect_is_told_in_one_line_without_control_characters() -> None:
+def test_a_defect_is_reported_in_one_line_without_control_characters() -> None:
     reason = refused(bias="\x1b[31m\n\u202eevil" * 100)["V106"]
     assert reason.isprintable()
     assert len(reason) < 700
@@ -176,7 +178,7 @@ def test_a_defect_is_told_in_one_line_without_control_characters() -> None:
     ],
     ids=str,
 )
-def test_another_kind_of_config_is_told_for_what_it_looks_like(
+def test_the_refusal_of_another_config_names_its_probable_kind(
     document: object, found: str
 ) -> None:
     with pytest.raises(CheckpointError, match="V101") as caught:
@@ -187,12 +189,12 @@ def test_another_kind_of_config_is_told_for_what_it_looks_like(
 
 
 @pytest.mark.parametrize("document", [[], "VERA", 1, None, True])
-def test_what_is_no_object_is_refused(document: object) -> None:
+def test_a_config_that_is_no_json_object_is_refused(document: object) -> None:
     with pytest.raises(CheckpointError, match="V102"):
         parse_config(json.dumps(document).encode(), place="adapter_config.json")
 
 
-def test_each_unknown_field_is_told_once_and_kept() -> None:
+def test_each_unknown_field_is_reported_once_and_kept() -> None:
     file = parsed(foo_config=None, bar=3)
     assert [finding.code for finding in file.findings] == ["V110", "V110"]
     assert file.unknown_fields == ("foo_config", "bar")
@@ -231,7 +233,7 @@ NO_CHANGE: Mapping[str, object] = {}
     ],
     ids=repr,
 )
-def test_an_edit_changes_nothing_beside(
+def test_an_edit_changes_no_other_field(
     before: bytes, changes: dict[str, object], remove: tuple[str, ...], after: bytes
 ) -> None:
     assert edited_object(before, changes, frozenset(remove)) == after
@@ -265,7 +267,7 @@ styles: st.SearchStrategy[Mapping[str, Any]] = st.sampled_from(
 
 
 @given(objects, objects, st.frozensets(names), styles)
-def test_an_edited_object_is_what_was_wanted(
+def test_an_edited_object_has_the_requested_fields(
     before: dict[str, object],
     changes: dict[str, object],
     remove: frozenset[str],
@@ -318,7 +320,7 @@ def test_absurdly_long_configs_are_refused(changes: dict[str, object], said: str
         ("", None),
     ],
 )
-def test_a_recorded_version_tells_the_release(
+def test_a_recorded_version_shows_the_release(
     recorded: str | None, release: tuple[int, int] | None
 ) -> None:
     assert peft_release(recorded) == release

@@ -64,20 +64,20 @@ def test_a_fingerprint_is_read_as_it_was_written(fingerprint: Fingerprint) -> No
 
 
 @given(fingerprint=fingerprints())
-def test_what_is_written_satisfies_the_published_schema(
+def test_a_written_fingerprint_satisfies_the_published_schema(
     fingerprint: Fingerprint, schema_errors: Callable[..., list[str]]
 ) -> None:
     assert schema_errors("fingerprint", json.loads(to_text(fingerprint))) == []
 
 
-def test_is_compact_and_names_its_format_first() -> None:
+def test_the_text_is_compact_and_names_its_format_first() -> None:
     text = to_text(GOOD)
     assert text.startswith('{"format":1,"variant":"float32-fused","key":7,')
     assert " " not in text
     assert METADATA_KEY == "vera_convert.projection"
 
 
-def test_tells_the_draw_that_was_cut() -> None:
+def test_a_fingerprint_describes_the_draw_of_the_removed_matrices() -> None:
     assert GOOD.draw.in_features == 80
     assert GOOD.draw.out_features == 24
     assert GOOD.draw.rounding is Rounding.BF16
@@ -116,7 +116,7 @@ def test_a_wrong_field_is_refused_by_reader_and_schema(
 
 
 @pytest.mark.parametrize("field", ["format", *(field.name for field in fields(Fingerprint))])
-def test_every_field_is_demanded_and_no_other_allowed(
+def test_every_field_is_required_and_no_other_is_allowed(
     field: str, schema_errors: Callable[..., list[str]]
 ) -> None:
     for document in (

@@ -1,4 +1,4 @@
-"""The files beside an adapter's weights, and the writing of a new folder."""
+"""The other files in an adapter's folder, and the writing of a new folder."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def test_the_state_of_a_training_run_is_left_out(name: str) -> None:
         "runs/notes.txt",
     ],
 )
-def test_everything_else_is_carried(name: str) -> None:
+def test_all_other_files_are_copied(name: str) -> None:
     assert not is_training_state(name)
 
 
-def test_files_are_sorted_by_what_becomes_of_them(tmp_path: Path) -> None:
+def test_files_are_sorted_into_copied_and_left_out(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     for name in (
         "README.md",
@@ -97,7 +97,7 @@ def test_files_are_sorted_by_what_becomes_of_them(tmp_path: Path) -> None:
 
 
 @posix
-def test_links_are_carried_as_their_contents_if_they_stay_inside(tmp_path: Path) -> None:
+def test_links_within_the_folder_are_copied_as_files(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     (folder / "real.txt").write_text("content")
     (folder / "linked.txt").symlink_to("real.txt")
@@ -124,7 +124,7 @@ def test_links_are_carried_as_their_contents_if_they_stay_inside(tmp_path: Path)
 
 
 @posix
-def test_a_folder_of_the_hubs_cache_is_an_adapter_like_any_other(tmp_path: Path) -> None:
+def test_an_adapter_in_the_cache_of_the_hub_is_read(tmp_path: Path) -> None:
     repo = tmp_path / "models--org--name"
     snapshot = repo / "snapshots" / ("c" * 40)
     made = good_adapter(tmp_path / "made")
@@ -140,7 +140,7 @@ def test_a_folder_of_the_hubs_cache_is_an_adapter_like_any_other(tmp_path: Path)
 
 
 @posix
-def test_more_files_than_can_be_open_at_once_are_carried(tmp_path: Path) -> None:
+def test_more_files_than_a_process_can_open_are_copied(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     folder = good_adapter(tmp_path / "adapter")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -156,7 +156,7 @@ def test_more_files_than_can_be_open_at_once_are_carried(tmp_path: Path) -> None
     assert len(bytes_by_name(tmp_path / "out")) == 62
 
 
-def test_what_comes_back_otherwise_from_the_disk_is_not_published(
+def test_a_copy_that_reads_back_with_other_bytes_is_not_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
@@ -251,7 +251,9 @@ def test_force_replaces_what_the_conversion_writes_again(tmp_path: Path) -> None
         ("model_card.md", True),
     ],
 )
-def test_what_came_from_elsewhere_is_left_out(name: str, is_copied: bool, tmp_path: Path) -> None:
+def test_only_files_that_belong_to_the_adapter_are_copied(
+    name: str, is_copied: bool, tmp_path: Path
+) -> None:
     folder = good_adapter(tmp_path / "adapter")
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "config.json").write_text("{}")

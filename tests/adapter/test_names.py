@@ -1,4 +1,6 @@
-"""Names with parts that PEFT did not write: one finding names the part, and migrate removes it."""
+"""Names with parts that PEFT did not write: one finding names the part; migrate removes the
+part.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ PREFIX = "base_model.model."
 
 
 def around(wrapper: str) -> Rename:
-    """Put a wrapper around the whole model alone."""
+    """Put a wrapper around the whole model only."""
     return lambda name: name.replace(PREFIX, f"{PREFIX}{wrapper}.")
 
 
@@ -51,7 +53,7 @@ def before(front: str) -> Rename:
 
 
 def left(adapter: str) -> Rename:
-    """Leave the adapter's name before the kind of the vector."""
+    """Keep the adapter's name before the kind of the vector."""
     return lambda name: name.replace(".vera_lambda", f".{adapter}.vera_lambda")
 
 
@@ -101,7 +103,7 @@ FOREIGN: dict[str, tuple[Rename, str, str]] = {
 
 
 @pytest.mark.parametrize(("rename", "code", "part"), FOREIGN.values(), ids=FOREIGN)
-def test_the_foreign_part_is_named_and_no_command_takes_it(
+def test_the_foreign_part_is_named_and_every_command_refuses_the_adapter(
     rename: Rename, code: str, part: str, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
@@ -160,15 +162,15 @@ def test_lists_in_the_config_are_corrected_too(tmp_path: Path) -> None:
     ]
 
 
-# --- what is sound -------------------------------------------------------------------------------
+# --- good names ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("path", "config"),
     [
-        # LeViT of transformers has a module of this name in each of its layers.
+        # In transformers, each layer of LeViT has a module of this name.
         ("levit.encoder.stages.0.layers.1.module.queries_keys_values.linear", {}),
-        # A class of the user's own, which no name on the Hub stands for.
+        # A class of the user's own code, without a repo on the Hub.
         ("module.layers.0.linear", {"base_model_name_or_path": None}),
         ("wrapped_model.layers.0.linear", {"base_model_name_or_path": None}),
         ("base_model.model.layers.0.linear", {"base_model_name_or_path": None}),
@@ -197,11 +199,11 @@ def test_a_models_own_names_are_no_wrappers(path: str, config: dict[str, object]
     assert found.findings == ()
 
 
-# --- what is not clear ---------------------------------------------------------------------------
+# --- ambiguous names -----------------------------------------------------------------------------
 
 
-def test_different_fronts_are_refused_and_both_are_shown(tmp_path: Path) -> None:
-    """The file can hold the adapters of two models, whose layers have the same paths."""
+def test_two_different_prefixes_are_refused_and_shown(tmp_path: Path) -> None:
+    """The file may hold the adapters of two models whose layers have the same paths."""
     folder = good_adapter(tmp_path / "adapter")
     renamed(lambda name: f"thinker.{name}" if ".0." in name else f"talker.{name}")(folder)
     for act in (strip, embed, lambda one, out: migrate(one, out, to=Mode.ASIS)):
@@ -212,7 +214,7 @@ def test_different_fronts_are_refused_and_both_are_shown(tmp_path: Path) -> None
         assert "migrate" not in str(caught.value)
 
 
-def test_half_of_a_prefix_is_of_unknown_meaning(tmp_path: Path) -> None:
+def test_an_adapter_with_half_of_a_prefix_is_refused(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     renamed(lambda name: name.replace(f"{PREFIX}model.", "base_model."))(folder)
     for act in (strip, lambda one, out: migrate(one, out, to=Mode.ASIS)):
@@ -242,10 +244,10 @@ MENDED_BY_MIGRATE = {"V215", "V216", "V217"}
     st.lists(st.sampled_from(MANGLINGS), max_size=4, unique=True),
     st.sampled_from(["org/name", None]),
 )
-def test_whatever_the_remedy_promises_migrate_does(
+def test_migrate_does_everything_that_a_remedy_promises(
     manglings: list[Rename], base: str | None
 ) -> None:
-    """No finding sends to migrate where migrate ends with a finding of names again."""
+    """No finding proposes migrate if migrate would end with a finding about names again."""
     good = good_tensors()
     names = [reduce(lambda name, mangle: mangle(name), manglings, name) for name in good]
     tensors = [from_array(*pair) for pair in zip(names, good.values(), strict=True)]
@@ -261,7 +263,7 @@ def test_whatever_the_remedy_promises_migrate_does(
         assert not after
 
 
-def test_repairs_of_sound_names_change_nothing(tmp_path: Path) -> None:
+def test_repairs_of_good_names_change_nothing(tmp_path: Path) -> None:
     assert CONFIG["base_model_name_or_path"]
     with open_adapter(good_adapter(tmp_path / "adapter"), repair=repaired) as adapter:
         assert {tensor.name for tensor in adapter.tensors} >= {f"{LAYER}q_proj.vera_lambda_b"}

@@ -1,4 +1,4 @@
-"""Adapters of other methods among VeRA's: named, passed over, and never called good."""
+"""Adapters of other methods in a tree with VeRA adapters: named, skipped, never called good."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SchemaErrors = Callable[..., list[str]]
 
 
 def other(folder: Path, method: str, *, weights: bool = True) -> None:
-    """An adapter of another method, with the files that PEFT writes for it."""
+    """Write an adapter of another method, with the files that PEFT writes for the method."""
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": method, "r": 8}))
     if weights:
@@ -35,7 +35,7 @@ def other(folder: Path, method: str, *, weights: bool = True) -> None:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Two VeRA adapters, two of LoRA, and one of prompt tuning without weights."""
+    """Write two VeRA adapters, two LoRAs, and a prompt tuning adapter without weights."""
     tree = tmp_path / "tree"
     for name in ("a", "b"):
         good_adapter(tree / "vera" / name)
@@ -44,7 +44,7 @@ def mixed(tmp_path: Path) -> Path:
     return tree
 
 
-def test_ignoring_the_rule_passes_over_them(mixed: Path, run: Run) -> None:
+def test_ignoring_the_rule_skips_other_methods(mixed: Path, run: Run) -> None:
     assert run("validate", "--recursive", mixed).status == 1
     ended = run("validate", "--recursive", mixed, "--ignore", "V101")
     assert ended.status == 0
@@ -53,7 +53,7 @@ def test_ignoring_the_rule_passes_over_them(mixed: Path, run: Run) -> None:
     assert "V011" not in ended.out
 
 
-def test_nothing_but_the_method_is_said_of_them(mixed: Path) -> None:
+def test_the_only_finding_about_another_method_is_the_method(mixed: Path) -> None:
     (mixed / "lora/a/adapter_model.safetensors").write_bytes(b"\x00")
     (mixed / "lora/b/adapter_model.bin").write_bytes(b"pickle")
     (mixed / "lora/b/optimizer.pt").write_bytes(b"state")
@@ -83,7 +83,7 @@ def test_errors_that_are_not_selected_are_not_good_either(mixed: Path, run: Run)
     assert "1 good, 1 with errors that are not selected, 3 of other methods" in ended.out
 
 
-def test_no_format_counts_them_as_good(mixed: Path, run: Run) -> None:
+def test_no_format_counts_other_methods_as_good(mixed: Path, run: Run) -> None:
     ended = run("validate", "--recursive", mixed, "--ignore", "V101", "--format", "junit")
     passed = {
         case.get("classname")
@@ -93,7 +93,7 @@ def test_no_format_counts_them_as_good(mixed: Path, run: Run) -> None:
     assert not [name for name in passed if name and "vera" not in name]
 
 
-def test_a_tree_is_migrated_around_them(
+def test_migrate_of_a_tree_skips_other_methods(
     mixed: Path, tmp_path: Path, run: Run, schema_errors: SchemaErrors
 ) -> None:
     ended = run("migrate", mixed, tmp_path / "out", "--recursive", "--to", "asis")
@@ -108,7 +108,7 @@ def test_a_tree_is_migrated_around_them(
     assert again.document["passed_over"]["prompt"] == "PROMPT_TUNING"
 
 
-def test_a_tree_of_other_methods_alone_has_nothing_to_migrate(tmp_path: Path) -> None:
+def test_a_tree_with_only_other_methods_has_nothing_to_migrate(tmp_path: Path) -> None:
     other(tmp_path / "tree" / "a", "LORA")
     with pytest.raises(SurroundingsError, match=r"no VeRA .* the one adapter there is LORA"):
         migrate_tree(tmp_path / "tree", tmp_path / "out", to="asis")
@@ -116,7 +116,7 @@ def test_a_tree_of_other_methods_alone_has_nothing_to_migrate(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("command", ["info", "strip", "embed", "migrate", "merge"])
-def test_one_that_is_named_is_refused_for_its_method_alone(
+def test_an_adapter_named_on_the_command_line_is_refused_only_for_its_method(
     command: str, mixed: Path, tmp_path: Path, run: Run
 ) -> None:
     words = [command, mixed / "prompt"]
@@ -132,7 +132,7 @@ CHECK = "`vera-convert verify ADAPTER --lora LORA`"
 
 
 def made(folder: Path, form: Form) -> Path:
-    """A LoRA of a VeRA adapter called ``mine``, in the files of a form."""
+    """Convert the VeRA adapter ``mine`` to a LoRA, and keep the files of a form."""
     if form is Form.GGUF:
         pytest.importorskip("gguf")
     heads = {"num_attention_heads": 2, "num_hidden_layers": 2}
@@ -161,7 +161,7 @@ def test_a_lora_of_ours_names_its_adapter_and_the_command_that_checks_it(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lora_of_another_program_is_told_as_one(tmp_path: Path, run: Run) -> None:
+def test_a_lora_of_another_program_is_called_a_lora(tmp_path: Path, run: Run) -> None:
     other(tmp_path / "peft", "LORA")
     other(tmp_path / "mlx", "LORA", weights=False)
     (tmp_path / "mlx" / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
@@ -182,7 +182,7 @@ def test_a_lora_of_another_program_is_told_as_one(tmp_path: Path, run: Run) -> N
 @pytest.mark.parametrize(
     "record", ['{"source": 5}', '{"source": {"folder": ["x"]}}', "[]", "{", '{"source": null}']
 )
-def test_a_record_that_names_no_adapter_is_no_hindrance(
+def test_a_malformed_record_does_not_hide_that_the_adapter_is_a_lora(
     record: str, tmp_path: Path, run: Run
 ) -> None:
     other(tmp_path / "lora", "LORA", weights=False)

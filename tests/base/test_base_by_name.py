@@ -1,4 +1,4 @@
-"""A base that only an adapter's config names: a folder here, a repo on the Hub, or both."""
+"""A base that only an adapter's config names: a local folder, a repo on the Hub, or both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOTH = r"--base ./models/llama or --base hf://models/llama"
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with adapters that were trained on its folder models/llama."""
+    """Enter a folder with the base models/llama and adapters whose configs name this base."""
     monkeypatch.chdir(tmp_path)
     filled_base(tmp_path / "models" / "llama")
     good_adapter(tmp_path / "adapter", base_model_name_or_path="models/llama")
@@ -40,7 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ids=lambda command: command[0],
 )
 @pytest.mark.usefixtures("here")
-def test_a_folder_here_is_the_base_where_the_hub_has_none_and_that_is_said(
+def test_a_local_folder_is_the_base_with_a_note_if_the_hub_has_no_such_repo(
     command: tuple[str, ...], run: Run
 ) -> None:
     ended = run(*command, "--offline")
@@ -60,7 +60,7 @@ def test_a_folder_here_is_the_base_where_the_hub_has_none_and_that_is_said(
 
 
 @pytest.mark.usefixtures("here")
-def test_validate_says_no_word_of_a_base_that_it_was_not_given(run: Run) -> None:
+def test_validate_reports_nothing_about_a_base_that_was_not_given(run: Run) -> None:
     assert "V557" not in run("validate", "adapter", "--offline").out
 
 
@@ -74,7 +74,7 @@ def test_validate_says_no_word_of_a_base_that_it_was_not_given(run: Run) -> None
     ],
     ids=str,
 )
-def test_a_model_here_and_on_the_hub_is_asked_about_only_where_it_is_needed(
+def test_a_base_both_local_and_on_the_hub_is_refused_only_if_a_command_needs_the_base(
     command: tuple[str, ...], status: int, here: Path, server: HubServer, run: Run
 ) -> None:
     server.add("models/llama", bytes_by_name(here / "models" / "llama"))
@@ -90,7 +90,7 @@ def test_a_model_here_and_on_the_hub_is_asked_about_only_where_it_is_needed(
         assert BOTH in ended.out.replace("\n", " ")
 
 
-def test_a_folder_here_that_is_no_model_does_not_hide_the_repo(
+def test_a_local_folder_without_a_model_does_not_hide_the_repo(
     server: HubServer, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -106,7 +106,7 @@ def test_a_folder_here_that_is_no_model_does_not_hide_the_repo(
 
 
 @pytest.mark.parametrize("name", ["./models/llama", "../x/models/llama", "~/models/llama", "a/b/c"])
-def test_what_can_only_be_a_path_is_not_followed(name: str, here: Path, run: Run) -> None:
+def test_a_base_that_can_only_be_a_path_is_not_read(name: str, here: Path, run: Run) -> None:
     filled_base(here / "a/b/c")
     good_adapter(here / "other", base_model_name_or_path=name)
     ended = run("merge", "other", "out", "--offline")
@@ -132,13 +132,13 @@ def test_each_adapter_of_a_tree_gets_its_own_base(here: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize("said", ["x", "=x", "x="])
-def test_a_place_for_a_base_is_a_name_and_a_model(said: str, run: Run, tmp_path: Path) -> None:
+def test_base_for_takes_a_name_and_a_model(said: str, run: Run, tmp_path: Path) -> None:
     ended = run("migrate", tmp_path, tmp_path / "out", "--to", "asis", "--base-for", said)
     assert ended.status == 2
     assert "NAME=MODEL" in ended.err
 
 
-def test_a_place_for_a_base_that_is_not_there_fails_its_adapters_alone(
+def test_base_for_with_a_missing_folder_fails_only_the_adapters_of_that_base(
     here: Path, run: Run
 ) -> None:
     good_adapter(here / "tree" / "a", stripped=True, base_model_name_or_path="/data/one")

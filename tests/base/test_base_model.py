@@ -79,7 +79,7 @@ def test_a_base_in_one_file_is_read(fixtures: Path) -> None:
     assert base.findings == ()
 
 
-def test_shards_under_an_index_in_subfolders_too(tmp_path: Path) -> None:
+def test_shards_in_subfolders_are_read_through_the_index(tmp_path: Path) -> None:
     base = read(write_model(tmp_path, SHARDS, config={"model_type": "x"}))
     assert base.index == INDEX
     assert list(base.files) == sorted(SHARDS)
@@ -88,7 +88,7 @@ def test_shards_under_an_index_in_subfolders_too(tmp_path: Path) -> None:
     }
 
 
-def test_a_diffusers_component_by_its_folder_or_its_pipeline(tmp_path: Path) -> None:
+def test_a_diffusers_component_is_found_by_its_folder_or_its_pipeline(tmp_path: Path) -> None:
     stem = "diffusion_pytorch_model"
     shards = {f"{stem}-00001-of-00001.safetensors": {"x.weight": (2, 2)}}
     config = {"_class_name": "Transformer"}
@@ -109,14 +109,16 @@ def test_a_base_without_a_config_has_no_type(tmp_path: Path) -> None:
     assert base.tie_word_embeddings is None
 
 
-def test_a_nested_config_tells_too(tmp_path: Path) -> None:
+def test_a_nested_config_is_read(tmp_path: Path) -> None:
     config = {"model_type": 3, "text_config": {"tie_word_embeddings": True}}
     base = read(write_model(tmp_path, SHARDS, config=config))
     assert base.model_type is None
     assert base.tie_word_embeddings is True
 
 
-def test_a_stray_file_is_reported_and_not_read(tmp_path: Path) -> None:
+def test_a_weight_file_that_the_index_does_not_name_is_reported_and_not_read(
+    tmp_path: Path,
+) -> None:
     location = write_model(tmp_path, SHARDS)
     (tmp_path / "model.safetensors").write_bytes(b"anything")
     base = read(location)
@@ -176,7 +178,7 @@ def test_a_shard_outside_of_the_folder_is_not_read(tmp_path: Path) -> None:
     assert codes(location) == ["V002"]
 
 
-def test_no_folder_is_the_surroundings_fault(tmp_path: Path) -> None:
+def test_a_missing_folder_is_no_fault_of_the_base(tmp_path: Path) -> None:
     with pytest.raises(SurroundingsError, match="absent"):
         read(Location("base", tmp_path / "absent"))
 
@@ -184,7 +186,7 @@ def test_no_folder_is_the_surroundings_fault(tmp_path: Path) -> None:
 # --- on the Hub ----------------------------------------------------------------------------------
 
 
-def test_a_hub_base_costs_its_headers(server: HubServer, tmp_path: Path) -> None:
+def test_of_a_base_on_the_hub_only_headers_are_read(server: HubServer, tmp_path: Path) -> None:
     shards = {f"model-{n:05}-of-00020.safetensors": {f"{n}.weight": (600, 500)} for n in range(20)}
     files = {name: save(arrays(shapes)) for name, shapes in shards.items()}
     weight_map = {tensor: name for name, shapes in shards.items() for tensor in shapes}
@@ -202,7 +204,7 @@ def test_a_hub_base_costs_its_headers(server: HubServer, tmp_path: Path) -> None
     assert server.bytes_served < 20 * 33_000 + 10_000
     assert len(server.requests) == 23  # commit and files, config, index, and one for each shard
     read_base(locate("org/base", kind="base", access=access), access)
-    assert len(server.requests) == 24  # headers of a commit are kept; the branch may move
+    assert len(server.requests) == 24  # the headers of a commit are cached; the branch may move
     local = read(write_model(tmp_path / "local", shards))
     for field in ("tensors", "prefix", "index", "values"):
         assert getattr(base, field) == getattr(local, field)
@@ -212,10 +214,11 @@ def test_a_hub_base_costs_its_headers(server: HubServer, tmp_path: Path) -> None
     ("rest", "values", "requests"),
     [
         ("weight.quant_state.bitsandbytes__nf4", np.full(90, 7, np.uint8), 20),
-        ("weight_shape", np.full(2, 7, np.int64), 1),  # all of them before the packed weights
+        # all packed sizes are read before the packed weights
+        ("weight_shape", np.full(2, 7, np.int64), 1),
     ],
 )
-def test_tensors_that_tell_shapes_are_read_together_and_once(
+def test_tensors_that_state_shapes_are_read_together_and_once(
     server: HubServer, tmp_path: Path, rest: str, values: NDArray[Any], requests: int
 ) -> None:
     tensors: dict[str, NDArray[Any]] = {"a": np.zeros(40_000, np.uint64)}
@@ -251,7 +254,7 @@ def oriented(tmp_path: Path, shapes: Mapping[str, Sequence[int]], **config: obje
     return Orientation(read(model))
 
 
-def test_a_bias_tells_how_a_weight_is_stored(tmp_path: Path) -> None:
+def test_a_bias_shows_the_orientation_of_a_weight(tmp_path: Path) -> None:
     shapes = {
         "x.up.weight": (2, 6),
         "x.up.bias": (6,),
@@ -263,7 +266,7 @@ def test_a_bias_tells_how_a_weight_is_stored(tmp_path: Path) -> None:
     assert orientation.is_conv1d("x.down.weight") is False
 
 
-def test_a_square_weight_is_as_others_of_its_name(fixtures: Path) -> None:
+def test_a_square_weight_has_the_orientation_of_weights_with_the_same_name(fixtures: Path) -> None:
     base = read(Location("base", fixtures / "bases/gpt2-fp32"))
     orientation = Orientation(replace(base, config={}))
     assert base.tensors["transformer.h.0.attn.c_proj.weight"].info.shape == (32, 32)
@@ -271,7 +274,7 @@ def test_a_square_weight_is_as_others_of_its_name(fixtures: Path) -> None:
     assert orientation.is_conv1d("transformer.wte.weight") is None
 
 
-def test_the_model_type_tells_where_no_bias_does(tmp_path: Path) -> None:
+def test_the_model_type_shows_the_orientation_if_no_bias_does(tmp_path: Path) -> None:
     shapes = {"h.c_proj.weight": (4, 4), "score.weight": (4, 4)}
     orientation = oriented(tmp_path, shapes, model_type="gpt2")
     assert orientation.is_conv1d("h.c_proj.weight") is True
@@ -282,7 +285,7 @@ def test_the_model_type_tells_where_no_bias_does(tmp_path: Path) -> None:
         assert oriented(tmp_path, shapes, **config).is_conv1d("h.c_proj.weight") is False
 
 
-def test_code_that_comes_with_a_model_is_not_known(tmp_path: Path) -> None:
+def test_the_orientation_of_a_model_with_its_own_code_is_not_known(tmp_path: Path) -> None:
     shapes = {"h.c_proj.weight": (4, 4)}
     for config in ({}, {"model_type": "own", "auto_map": {}}):
         assert oriented(tmp_path, shapes, **config).is_conv1d("h.c_proj.weight") is None
@@ -316,13 +319,13 @@ def test_every_model_of_transformers_with_conv1d_is_known() -> None:
         ("device", "V002 .*leads to /dev/null"),
     ],
 )
-def test_a_config_or_weights_that_are_no_file_are_not_passed_over(
+def test_a_config_or_weights_that_are_no_file_are_refused(
     what: str, reason: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_base(tmp_path / "base")
     path = base / name
     path.unlink()
-    monkeypatch.chdir(base)  # the name of a socket must be short
+    monkeypatch.chdir(base)  # the path of a socket must be short
     if what == "pipe":
         os.mkfifo(path)
     elif what == "socket":

@@ -1,4 +1,4 @@
-"""A pipeline of several models: an adapter's layers decide which of them it is for, or nothing."""
+"""A pipeline of several models: the adapter's layers decide which component is the base."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pipeline(
     *,
     listed: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write a pipeline whose components have tensors of these shapes, each with other values."""
+    """Write a pipeline whose components have tensors of these shapes, with different values."""
     for seed, (name, shapes) in enumerate(components.items()):
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text('{"_class_name": "DiT"}')
@@ -48,7 +48,7 @@ def pipeline(
 
 
 def merged_component(adapter: Path, base: Path, out: Path) -> list[str]:
-    """Merge, and return the components whose weights changed."""
+    """Merge, and return the names of the components whose weights changed."""
     merge(adapter, out, base=base)
     return sorted(
         path.parent.name
@@ -68,7 +68,7 @@ def merged_component(adapter: Path, base: Path, out: Path) -> list[str]:
         ("prior", "decoder"),
     ],
 )
-def test_of_equal_components_none_is_taken(equal: tuple[str, ...], tmp_path: Path) -> None:
+def test_equal_components_are_refused(equal: tuple[str, ...], tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     base = pipeline(tmp_path / "base", {"vae": OTHER, **dict.fromkeys(equal, TENSORS)})
     acts: tuple[Callable[[], object], ...] = (
@@ -114,7 +114,7 @@ def test_the_path_in_the_config_decides(name: str, path: str, tmp_path: Path) ->
         ({"unet": OTHER, "text_encoder": TENSORS}, "text_encoder"),
     ],
 )
-def test_the_one_component_with_the_layers_is_merged_and_verified(
+def test_the_only_component_with_the_layers_is_merged_and_verified(
     components: Mapping[str, Mapping[str, Sequence[int]]], wanted: str, tmp_path: Path
 ) -> None:
     adapter = good_adapter(tmp_path / "adapter")
@@ -129,14 +129,14 @@ def test_the_one_component_with_the_layers_is_merged_and_verified(
     assert verify(adapter, merged=out, base=base, options=options).wrong
 
 
-def test_if_no_component_fits_the_main_one_is_named(tmp_path: Path) -> None:
+def test_if_no_component_fits_the_refusal_names_the_main_component(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     base = pipeline(tmp_path / "base", {"text_encoder": OTHER, "unet": OTHER, "vae": NARROW})
     with pytest.raises(CheckpointError, match=r"V520 .*attn1"):
         merge(adapter, tmp_path / "out", base=base)
 
 
-def test_an_equal_component_without_weights_counts_too(tmp_path: Path) -> None:
+def test_an_equal_component_without_weights_is_a_candidate(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     listed = {name: ["diffusers", "DiT"] for name in ("transformer", "transformer_2", "vae")}
     base = pipeline(tmp_path / "base", {"transformer_2": TENSORS}, listed=listed)
@@ -156,7 +156,7 @@ def test_an_equal_component_that_cannot_be_read_is_an_error(tmp_path: Path) -> N
         merge(adapter, tmp_path / "out", base=base)
 
 
-def test_another_component_that_cannot_be_read_is_carried(tmp_path: Path) -> None:
+def test_another_component_that_cannot_be_read_is_copied(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     base = pipeline(tmp_path / "base", {"transformer": TENSORS, "vae": OTHER})
     (base / "vae" / WEIGHTS).write_bytes(b"any bytes")

@@ -1,4 +1,4 @@
-"""How large A and B are, if the base's files hold more layers than the adapter's file adapts."""
+"""The dims of A and B if the base's files hold more layers than the adapter's file adapts."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ LEFT_OUT: Mapping[str, Shapes] = {
     "a block for several tokens": {"mtp.layers.0.self_attn.q_proj.weight": (40, 48)},
     "such a block in the model": {"model.mtp_layers.0.self_attn.v_proj.weight": (40, 48)},
 }
-"""Layers that no class builds, by their names alone."""
+"""Layers whose names show that no class builds the layers."""
 UNTOLD: Mapping[str, Shapes] = {
     "a vision tower": {"vision.blocks.0.attn.q_proj.weight": (40, 48)},
     "experts": {f"model.layers.1.mlp.experts.{n}.v_proj.weight": (40, 48) for n in range(2)},
     "a stack of its own": {"model.encoder.layers.0.self_attn.q_proj.weight": (40, 48)},
 }
-"""Layers of which nothing tells whether the class builds them."""
+"""Layers for which the files do not show whether the class builds the layers."""
 
 
 def found(findings: Sequence[Finding], code: str = "V411") -> list[Finding]:
-    """The findings with a code."""
+    """Return the findings with a code."""
     return [finding for finding in findings if finding.code == code]
 
 
 def severities(findings: Sequence[Finding]) -> dict[str, Severity]:
-    """How bad each code is."""
+    """Return the severity of each code."""
     return {finding.code: finding.severity for finding in findings}
 
 
@@ -82,7 +82,7 @@ def test_layers_that_only_the_base_has_change_no_byte_of_the_result(
 
 
 def tensors_of(folder: Path) -> dict[str, bytes]:
-    """The bytes of each tensor of a merged model."""
+    """Return the bytes of each tensor of a merged model."""
     from safetensors.numpy import load_file
 
     return {name: each.tobytes() for name, each in load_file(folder / "model.safetensors").items()}
@@ -104,7 +104,7 @@ TARGETS = st.sampled_from(["q_proj", "v_proj"])
     shape=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
 )
-def test_a_tensor_of_any_name_changes_no_byte(
+def test_a_further_tensor_of_any_name_changes_no_byte(
     path: list[str], target: str, shape: tuple[int, int], dtype: str, tmp_path_factory: Any
 ) -> None:
     name = ".".join((*path, target, "weight"))
@@ -112,7 +112,7 @@ def test_a_tensor_of_any_name_changes_no_byte(
     adapter = good_adapter(folder / "adapter", stripped=True)
     plain = tiny_base(folder / "plain", config=LAYERS)
     if name in TENSORS:
-        return  # a layer that the adapter adapts
+        return  # the adapter adapts this layer
     told_apart = not any(name in other for other in TENSORS)
     more = tiny_base(
         folder / "more",
@@ -126,7 +126,7 @@ def test_a_tensor_of_any_name_changes_no_byte(
     assert {f.code for f in done.findings} <= {"V410", "V411"}
 
 
-# --- what is said of them ------------------------------------------------------------------------
+# --- findings about further layers ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("more", LEFT_OUT.values(), ids=LEFT_OUT)
@@ -138,7 +138,7 @@ def test_layers_that_no_class_builds_are_a_note(more: Shapes, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("more", UNTOLD.values(), ids=UNTOLD)
-def test_layers_that_could_change_the_dims_are_a_warning_with_both_readings(
+def test_layers_that_could_change_the_dims_are_a_warning_with_both_dims(
     more: Shapes, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True)
@@ -165,7 +165,7 @@ def test_stored_a_and_b_prove_the_dims(more: Shapes, tmp_path: Path) -> None:
     assert weights(back.out)[A].shape == (RANK, 48)
 
 
-def test_further_layers_that_are_no_wider_are_a_note(tmp_path: Path) -> None:
+def test_further_layers_that_are_not_wider_are_a_note(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True)
     tower = {f"vision.blocks.{n}.q_proj.weight": (16, 16) for n in range(3)}
     base = tiny_base(tmp_path / "base", config=LAYERS, tensors=tower)
@@ -178,7 +178,7 @@ def test_further_layers_that_are_no_wider_are_a_note(tmp_path: Path) -> None:
 
 
 def without(*modules: str) -> dict[str, None]:
-    """No vectors for some of the layers."""
+    """Return changes that remove the vectors of some layers."""
     names = (f"base_model.model.model.layers.{module}.vera_lambda_" for module in modules)
     return {name + vector: None for name in names for vector in "bd"}
 
@@ -205,7 +205,7 @@ CUT: Mapping[str, tuple[dict[str, object], Shapes, dict[str, None]]] = {
 
 
 @pytest.mark.parametrize(("config", "more", "gone"), CUT.values(), ids=CUT)
-def test_a_file_with_a_hole_is_refused_with_both_readings(
+def test_a_file_that_lacks_a_layer_is_refused_with_both_dims(
     config: dict[str, object], more: Shapes, gone: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True, tensors=gone)
@@ -225,7 +225,7 @@ def test_a_file_with_a_hole_is_refused_with_both_readings(
     assert not (tmp_path / "no").exists()
 
 
-def test_a_hole_that_changes_no_dims_is_a_warning(tmp_path: Path) -> None:
+def test_a_missing_layer_that_does_not_change_the_dims_is_a_warning(tmp_path: Path) -> None:
     gone: dict[str, Any] = without("0.self_attn.v_proj")
     folder = good_adapter(tmp_path / "adapter", stripped=True, tensors=gone)
     base = tiny_base(tmp_path / "base", config=LAYERS)
@@ -234,7 +234,9 @@ def test_a_hole_that_changes_no_dims_is_a_warning(tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.v_proj" in finding.reason
 
 
-def test_a_target_that_a_known_class_builds_everywhere_is_a_hole(tmp_path: Path) -> None:
+def test_a_target_that_a_known_class_builds_in_every_layer_counts_as_missing(
+    tmp_path: Path,
+) -> None:
     targets = ["q_proj", "v_proj", "down_proj"]
     folder = good_adapter(tmp_path / "adapter", stripped=True, target_modules=targets)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
@@ -247,7 +249,7 @@ def test_a_target_that_a_known_class_builds_everywhere_is_a_hole(tmp_path: Path)
     assert weights(tmp_path / "out")[A].shape == (RANK, 16)
 
 
-def test_stored_a_and_b_of_a_cut_file_are_used_as_they_are(tmp_path: Path) -> None:
+def test_stored_a_and_b_of_a_file_that_lacks_layers_are_used_unchanged(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     drawn(width=48, height=40)(folder)
     base = tiny_base(
@@ -259,7 +261,7 @@ def test_stored_a_and_b_of_a_cut_file_are_used_as_they_are(tmp_path: Path) -> No
     assert {"V411", "V416"} <= {f.code for f in info(unlike, base=base).findings}
 
 
-def test_a_merge_tells_of_a_and_b_that_are_wider_than_any_layer(tmp_path: Path) -> None:
+def test_a_merge_reports_a_and_b_that_are_wider_than_every_layer(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     drawn(width=20, height=20)(folder)
     base = tiny_base(tmp_path / "base")
@@ -271,7 +273,7 @@ def test_a_merge_tells_of_a_and_b_that_are_wider_than_any_layer(tmp_path: Path) 
 # --- lists that PEFT shortens --------------------------------------------------------------------
 
 
-def test_layers_listed_by_full_name_count_even_if_layers_to_transform_leaves_them_out(
+def test_layers_with_full_names_in_target_modules_count_despite_layers_to_transform(
     tmp_path: Path,
 ) -> None:
     kinds = {"self_attn.q_proj": (16, 16), "mlp.up_proj": (24, 16)}
@@ -306,7 +308,7 @@ def test_layers_listed_by_full_name_count_even_if_layers_to_transform_leaves_the
         assert np.array_equal(stored[B], expected[1])
 
 
-# --- what a config says of its class -------------------------------------------------------------
+# --- the config of the base ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -353,7 +355,7 @@ def test_layers_listed_by_full_name_count_even_if_layers_to_transform_leaves_the
         ({}, "mtp.layers.0.q", "mtp.layers.1.q", None),
     ],
 )
-def test_a_config_tells_which_layers_are_built(
+def test_a_config_shows_which_layers_are_built(
     config: dict[str, object], adapted: str, module: str, built: bool | None
 ) -> None:
     assert BuiltLayers(config, [adapted]).has(module) is built
@@ -384,7 +386,7 @@ def test_dims_are_the_widest_of_the_layers_that_the_file_adapts(tmp_path: Path) 
     assert weights(tmp_path / "out")[B].shape == (16, RANK)
 
 
-def test_layers_that_the_config_does_not_match_are_told_or_refused(tmp_path: Path) -> None:
+def test_layers_that_the_config_does_not_match_are_reported_or_refused(tmp_path: Path) -> None:
     more = {"mtp.q_proj.weight": (90, 90), "vision.w_proj.weight": (90, 90)}
     for name, tensors in (("base", {}), ("more", more)):
         base = tiny_base(tmp_path / name, tensors=tensors)

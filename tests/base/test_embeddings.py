@@ -1,4 +1,4 @@
-"""Embeddings and output heads by their names: one table for every part of the program."""
+"""Embeddings and output heads by name: one table for every part of the program."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from vera_convert.validation.validate import validate
         ("decoder", "modernbert"),
     ],
 )
-def test_an_output_head(module: str, model_type: str | None) -> None:
+def test_names_of_output_heads(module: str, model_type: str | None) -> None:
     assert is_output_head(module, model_type)
     assert may_be_resized(module)
     assert not is_embedding(module)
@@ -56,7 +56,7 @@ def test_an_output_head(module: str, model_type: str | None) -> None:
         ("score", "llama"),
     ],
 )
-def test_no_output_head(module: str, model_type: str | None) -> None:
+def test_names_that_are_no_output_heads(module: str, model_type: str | None) -> None:
     assert not is_output_head(module, model_type)
 
 
@@ -88,7 +88,7 @@ RESIZED = ("tok_embeddings", "model.tok_embeddings", "output", "proj_out", "embe
 
 
 @pytest.mark.parametrize("module", RESIZED)
-def test_a_resized_vocabulary_is_a_note_whatever_the_table_is_called(
+def test_a_resized_vocabulary_is_a_note_for_every_name_of_the_table(
     module: str, tmp_path: Path
 ) -> None:
     stored = {f"base_model.model.{module}.weight": np.ones((40, 16), np.float32)}
@@ -115,7 +115,7 @@ def test_a_weight_of_a_layer_is_no_embedding(module: str, tmp_path: Path) -> Non
         assert found.adapter is None
 
 
-def test_all_linear_leaves_out_the_head_of_the_models_type_alone() -> None:
+def test_all_linear_leaves_out_only_the_head_of_the_model_type() -> None:
     shapes = {"proj_out.weight": (8, 8), "blocks.0.proj_out.weight": (8, 8)}
     assert layers_from_shapes(shapes, model_type="whisper").output_heads == {"proj_out"}
     assert layers_from_shapes(shapes, model_type=None).output_heads == frozenset()

@@ -1,4 +1,4 @@
-"""A base that is not the one of the adapter's config, or whose own config is another model's."""
+"""A base that differs from the config's base, or whose own config describes another model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ OF_LLAMA = {
 }
 
 
-def told(adapter: Path, base: Path) -> list[str]:
-    """The codes of all findings about the base, repeated codes included."""
+def base_codes(adapter: Path, base: Path) -> list[str]:
+    """Return the codes of all findings about the base, with repeated codes."""
     (checked,) = validate([adapter], base=base, select=["V558", "V559"]).adapters
     assert all(finding.severity is Severity.WARNING for finding in checked.findings)
     return [finding.code for finding in checked.findings]
@@ -43,12 +43,12 @@ NAMES: Mapping[str, tuple[str, str, dict[str, object], bool]] = {
 
 
 @pytest.mark.parametrize(("named", "folder", "config", "differs"), NAMES.values(), ids=NAMES)
-def test_another_models_name_is_told_once(
+def test_another_model_s_name_is_reported_once(
     named: str, folder: str, config: dict[str, object], differs: bool, tmp_path: Path
 ) -> None:
     adapter = good_adapter(tmp_path / "adapter", base_model_name_or_path=named or None)
     base = tiny_base(tmp_path / folder, config={**SIZES, **config})
-    assert told(adapter, base) == ["V558"] * differs
+    assert base_codes(adapter, base) == ["V558"] * differs
 
 
 CARDS: Mapping[str, tuple[str, bool]] = {
@@ -74,7 +74,7 @@ def test_a_folder_whose_card_says_that_it_was_tuned_is_not_the_named_model(
     adapter = good_adapter(tmp_path / "adapter", base_model_name_or_path="org/tiny")
     base = tiny_base(tmp_path / "base", config=SIZES)
     (base / "README.md").write_text(card, encoding="utf-8")
-    assert told(adapter, base) == ["V558"] * differs
+    assert base_codes(adapter, base) == ["V558"] * differs
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_a_folder_whose_card_says_that_it_was_tuned_is_not_the_named_model(
     ],
     ids=str,
 )
-def test_another_class_is_told_once(
+def test_another_class_is_reported_once(
     mapping: dict[str, str] | None, config: dict[str, object], differs: bool, tmp_path: Path
 ) -> None:
     adapter = good_adapter(tmp_path / "adapter", task_type=None, auto_mapping=mapping)
     base = tiny_base(tmp_path / "base", config={**SIZES, **config})
-    assert told(adapter, base) == ["V558"] * differs
+    assert base_codes(adapter, base) == ["V558"] * differs
 
 
 @pytest.mark.parametrize(
@@ -113,30 +113,32 @@ def test_another_class_is_told_once(
     ],
     ids=str,
 )
-def test_other_sizes_that_still_fit_are_told_once(
+def test_other_sizes_that_still_fit_are_reported_once(
     config: dict[str, object], differs: bool, tmp_path: Path
 ) -> None:
     adapter = good_adapter(tmp_path / "adapter")
-    assert told(adapter, tiny_base(tmp_path / "base", config={**SIZES, **config})) == (
+    assert base_codes(adapter, tiny_base(tmp_path / "base", config={**SIZES, **config})) == (
         ["V559"] * differs
     )
     nested = {"model_type": "x", "text_config": {**SIZES, **config}}
-    assert told(adapter, tiny_base(tmp_path / "nested", config=nested)) == ["V559"] * differs
+    assert base_codes(adapter, tiny_base(tmp_path / "nested", config=nested)) == ["V559"] * differs
 
 
 @pytest.mark.parametrize("kind", sorted(MORE_ROWS))
-def test_an_embedding_with_more_rows_than_the_class_has_tokens_says_nothing(
-    kind: str, tmp_path: Path
-) -> None:
+def test_an_embedding_with_more_rows_than_tokens_is_not_reported(kind: str, tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     config = {**SIZES, "vocab_size": 64}
-    assert told(adapter, tiny_base(tmp_path / "a", config={**config, "model_type": kind})) == []
+    assert (
+        base_codes(adapter, tiny_base(tmp_path / "a", config={**config, "model_type": kind})) == []
+    )
     nested = {"model_type": "x", "text_config": {**config, "model_type": kind}}
-    assert told(adapter, tiny_base(tmp_path / "b", config=nested)) == []
+    assert base_codes(adapter, tiny_base(tmp_path / "b", config=nested)) == []
 
 
 @pytest.mark.parametrize("stripped", [True, False])
-def test_every_command_that_reads_a_base_says_it(stripped: bool, tmp_path: Path) -> None:
+def test_every_command_that_reads_a_base_reports_another_model(
+    stripped: bool, tmp_path: Path
+) -> None:
     adapter = good_adapter(tmp_path / "adapter", stripped=stripped)
     config: dict[str, Any] = {**SIZES, "num_hidden_layers": 1}
     base = tiny_base(tmp_path / "models--org--other" / "snapshots" / "abc", config=config)
@@ -165,11 +167,11 @@ def test_a_stack_as_long_as_a_number_in_the_config_is_complete(
 ) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     config = {**SIZES, "num_hidden_layers": 1, **fields}
-    assert told(adapter, tiny_base(tmp_path / "base", config=config)) == ["V559"] * differs
+    assert base_codes(adapter, tiny_base(tmp_path / "base", config=config)) == ["V559"] * differs
 
 
-def test_a_config_that_counts_other_stacks_alone_says_nothing(tmp_path: Path) -> None:
-    # Funnel counts the layers of its decoder; the encoder's are a list of sizes.
+def test_a_config_that_counts_only_other_stacks_is_not_reported(tmp_path: Path) -> None:
+    # Funnel counts only the layers of its decoder; a list of sizes describes the encoder.
     adapter = good_adapter(tmp_path / "adapter")
     config = {"model_type": "funnel", "block_sizes": [4, 4], "num_decoder_layers": 1}
-    assert told(adapter, tiny_base(tmp_path / "base", config=config)) == []
+    assert base_codes(adapter, tiny_base(tmp_path / "base", config=config)) == []

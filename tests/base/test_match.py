@@ -28,7 +28,9 @@ def base_of(shapes: Mapping[str, Shape], **config: object) -> BaseModel:
 
 
 def llama(prefix: str = "model.", *, layers: int = 2) -> dict[str, Shape]:
-    """Shapes of a tiny Llama: q and o are square, k has fewer outputs, down fewer than inputs."""
+    """Return the shapes of a tiny Llama: q and o are square, k has fewer outputs, down more
+    inputs.
+    """
     names = {"self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "mlp.down_proj": (8, 12)}
     return {
         f"{prefix}layers.{n}.{name}.weight": shape
@@ -42,7 +44,7 @@ LANGUAGE = ("model.layers", "model.language_model.layers")
 
 
 def refused(layers: Mapping[str, int], base: BaseModel, **options: object) -> tuple[str, str]:
-    """Return code and text of the refusal."""
+    """Return the code and the text of the refusal."""
     with pytest.raises(CheckpointError) as error:
         match_modules(layers, base, **options)  # type: ignore[arg-type]
     return error.value.findings[0].code, str(error.value)
@@ -56,7 +58,7 @@ def conv1d_of(match: Match) -> frozenset[str]:
 # --- the strategies ------------------------------------------------------------------------------
 
 
-def test_names_that_fit_are_taken_as_they_are() -> None:
+def test_names_that_fit_are_used_unchanged() -> None:
     layers = {**Q, "model.layers.1.mlp.down_proj": 8, "model.layers.0.self_attn.k_proj": 4}
     match = match_modules(layers, base_of(llama()), widest=12)
     assert match.strategy.name == "names as they are"
@@ -66,7 +68,7 @@ def test_names_that_fit_are_taken_as_they_are() -> None:
     assert conv1d_of(match) == match.tied == frozenset()
 
 
-def test_names_that_fit_win_over_a_key_map_and_a_prefix() -> None:
+def test_names_that_fit_take_precedence_over_a_key_map_and_a_prefix() -> None:
     both = llama() | llama("model.model.") | llama("model.language_model.")
     match = match_modules(Q, base_of(both), key_map=[LANGUAGE])
     assert match.tensors == {module: f"{module}.weight" for module in Q}
@@ -98,7 +100,7 @@ def test_a_prefix_of_no_model_class_is_not_guessed() -> None:
     assert "All would fit with --key-map =tower." in text
 
 
-def test_no_key_map_leads_one_layer_to_another_module_while_the_others_fit() -> None:
+def test_no_key_map_is_proposed_for_a_single_layer_while_the_others_fit() -> None:
     """A pooler that the model class built anew is not the base's masked-language head."""
     layers = {"layers.0.self_attn.q_proj": 8, "pooler.dense": 8}
     base = base_of(llama("") | {"cls.predictions.transform.dense.weight": (8, 8)})
@@ -115,7 +117,7 @@ def test_a_wrapper_in_the_path_of_some_layers_is_removed_by_a_key_map() -> None:
     assert "All would fit with --key-map layers.1.my_wrapper=layers.1." in text
 
 
-def test_two_prefixes_that_fit_are_ambiguous_until_the_user_says_which() -> None:
+def test_two_prefixes_that_fit_are_ambiguous_until_the_user_chooses() -> None:
     base = base_of(llama("bert.") | llama("roberta."))
     layers = {"layers.0.self_attn.q_proj": 8}
     code, text = refused(layers, base)
@@ -128,7 +130,7 @@ def test_two_prefixes_that_fit_are_ambiguous_until_the_user_says_which() -> None
     }
 
 
-def test_two_ways_to_the_same_tensors_are_one() -> None:
+def test_two_strategies_with_the_same_tensors_are_not_ambiguous() -> None:
     match = match_modules(
         {"layers.0.self_attn.q_proj": 8}, base_of(llama("bert.")), key_map=[("", "bert")]
     )
@@ -142,7 +144,7 @@ def test_a_key_map_that_contradicts_a_prefix_is_ambiguous() -> None:
     assert "--key-map =tower" in text
 
 
-def test_renames_join_the_prefixes() -> None:
+def test_renames_are_combined_with_prefixes() -> None:
     base = base_of(llama("language_model.model."), model_type="llava")
     of_head = {"model.language_model.layers.0.self_attn.q_proj": 8}
     match = match_modules(of_head, base)
@@ -162,7 +164,7 @@ def test_renames_join_the_prefixes() -> None:
 
 
 def test_the_refusal_shows_counts_and_a_name_of_each_side() -> None:
-    # R01: the adapter's names lack what the served class has in front.
+    # R01: the adapter's names lack the first elements of the served class's names.
     code, text = refused(Q, base_of(llama("model.language_model.")))
     assert code == "V520"
     assert "0 of 2 layers" in text
@@ -171,7 +173,7 @@ def test_the_refusal_shows_counts_and_a_name_of_each_side() -> None:
     assert "All would fit with --key-map model=model.language_model." in text
 
 
-def test_one_layer_that_is_missing_refuses_all() -> None:
+def test_a_single_missing_layer_refuses_all_layers() -> None:
     code, text = refused({**Q, "model.layers.2.self_attn.q_proj": 8}, base_of(llama()))
     assert code == "V520"
     assert "2 of 3 layers" in text
@@ -179,8 +181,8 @@ def test_one_layer_that_is_missing_refuses_all() -> None:
     assert "would fit" not in text
 
 
-def test_mixed_layouts_are_never_half_applied() -> None:
-    # R06: half of the keys renamed.
+def test_an_adapter_with_two_layouts_is_refused() -> None:
+    # R06: half of the keys are renamed.
     layers = {"model.layers.0.self_attn.q_proj": 8, "language_model.layers.1.self_attn.q_proj": 8}
     maps = [("language_model", "model"), ("model", "language_model")]
     code, text = refused(layers, base_of(llama()), key_map=maps[1:])
@@ -203,7 +205,7 @@ def test_names_are_escaped() -> None:
     assert "\u202e" not in text
 
 
-def test_shapes_have_to_agree() -> None:
+def test_shapes_that_differ_are_refused() -> None:
     wrong = {**Q, "model.layers.0.self_attn.k_proj": 8}
     code, text = refused(wrong, base_of(llama()))
     assert code == "V522"
@@ -213,13 +215,13 @@ def test_shapes_have_to_agree() -> None:
     assert "it has 12 inputs and vera_A has 11 columns" in text
 
 
-def test_an_output_count_that_is_the_input_count_does_not_transpose() -> None:
+def test_outputs_equal_to_the_inputs_of_a_layer_do_not_transpose_the_layer() -> None:
     # lambda_b is as long as down_proj is wide; no Llama layer is stored as (in, out).
     code, _ = refused({"model.layers.0.mlp.down_proj": 12}, base_of(llama()))
     assert code == "V522"
 
 
-def test_what_is_no_matrix_is_refused() -> None:
+def test_a_weight_that_is_no_matrix_is_refused() -> None:
     assert refused({"model.norm": 8}, base_of(llama()))[0] == "V523"
     experts = base_of({"experts.weight": (2, 8, 8)})
     assert "several experts" in refused({"experts": 8}, experts)[1]
@@ -229,7 +231,9 @@ def test_what_is_no_matrix_is_refused() -> None:
     ("shape", "kind"),
     [((8, 4, 3), "nn.Conv1d"), ((8, 4, 1, 1), "nn.Conv2d"), ((8, 4, 2, 2, 2), "nn.Conv3d")],
 )
-def test_a_convolution_is_called_so(shape: tuple[int, ...], kind: str) -> None:
+def test_the_refusal_of_a_convolution_names_the_convolution(
+    shape: tuple[int, ...], kind: str
+) -> None:
     code, text = refused({"conv_in": 8}, base_of({"conv_in.weight": shape}))
     assert code == "V523"
     assert f"probably the layer is a convolution ({kind})" in text
@@ -251,7 +255,7 @@ def test_every_layer_of_another_shape_is_a_finding() -> None:
 # --- --key-map -----------------------------------------------------------------------------------
 
 
-def test_a_key_map_is_used_where_it_alone_fits() -> None:
+def test_a_key_map_is_used_if_no_other_strategy_fits() -> None:
     base = base_of(llama("model.language_model."))
     match = match_modules(Q, base, key_map=[("model.layer", "x"), LANGUAGE, LANGUAGE])
     assert match.strategy.name == "--key-map model.layers=model.language_model.layers"
@@ -309,29 +313,29 @@ ATTENTION = {"transformer.h.0.attn.c_attn": 12, "transformer.h.0.attn.c_proj": 4
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [True, False])
-def test_conv1d_is_the_bases_affair(fan_in_fan_out: bool) -> None:
+def test_the_base_and_not_the_adapter_decides_conv1d(fan_in_fan_out: bool) -> None:
     for config in ({"model_type": "gpt2"}, {"model_type": None}):
         match = match_modules(
             ATTENTION, base_of(GPT2, **config), fan_in_fan_out=fan_in_fan_out, widest=4
         )
         assert conv1d_of(match) == ATTENTION.keys()
         assert match.layers["transformer.h.0.attn.c_attn"] == Linear(12, 4, conv1d=True)
-    # A wrong field does not transpose a model that has no such layers.
+    # A wrong field does not transpose a model that has no Conv1D layers.
     match = match_modules(Q, base_of(llama()), fan_in_fan_out=fan_in_fan_out)
     assert conv1d_of(match) == frozenset()
 
 
-def test_a_square_weight_is_of_the_kind_that_the_base_is_of() -> None:
+def test_a_square_weight_has_the_orientation_of_the_base_s_other_weights() -> None:
     module = "transformer.h.0.attn.c_proj"
     match = match_modules({module: 4}, base_of(GPT2, model_type=None))
     assert conv1d_of(match) == {module}
 
 
-def test_the_config_field_decides_where_nothing_else_does() -> None:
+def test_the_config_field_decides_if_the_base_does_not() -> None:
     unknown = base_of({"x.weight": (8, 8), "y.weight": (2, 8)}, auto_map={})
     assert conv1d_of(match_modules({"x": 8}, unknown)) == frozenset()
     assert conv1d_of(match_modules({"x": 8}, unknown, fan_in_fan_out=True)) == {"x"}
-    # A neighbor whose shape tells is worth more than the field.
+    # A neighbor whose shape shows the orientation has precedence over the field.
     assert conv1d_of(match_modules({"x": 8, "y": 8}, unknown)) == {"x", "y"}
     assert conv1d_of(match_modules({"x": 8, "y": 2}, unknown, fan_in_fan_out=True)) == frozenset()
 
@@ -356,7 +360,7 @@ def test_a_head_that_is_not_tied_is_only_missing() -> None:
     assert refused({**layers, "model.layers.9.self_attn.q_proj": 8}, base_of(llama()))[0] == "V520"
 
 
-def test_a_head_with_its_own_tensor_is_a_layer_like_others() -> None:
+def test_a_head_with_its_own_tensor_is_matched_like_other_layers() -> None:
     base = base_of(llama() | {"lm_head.weight": (40, 8)}, tie_word_embeddings=True)
     match = match_modules({**Q, "lm_head": 40}, base)
     assert match.tensors["lm_head"] == "lm_head.weight"
@@ -376,7 +380,7 @@ def test_a_head_has_the_rows_of_the_weight_that_the_adapter_stores(
 
 
 def test_a_block_that_several_layers_share_is_named() -> None:
-    """Zamba2 stores such a block with the first of its layers."""
+    """Zamba2 stores a shared block with the first layer that uses the block."""
     names = {number: f"layers.{number}.shared_transformer.q_proj" for number in (5, 11)}
     base = base_of(llama() | {f"{names[5]}.weight": (8, 8)})
     with pytest.raises(CheckpointError, match=r"V520 .*share one block, stored as .*layers\.5\."):
@@ -441,7 +445,7 @@ def test_a_tensor_of_fewer_experts_than_the_base_has_replaces_none() -> None:
     assert found[name] == (Part("layers.0.mlp.experts.down_proj", (1, 8, 3)),)
 
 
-# --- real ones -----------------------------------------------------------------------------------
+# --- real adapters -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

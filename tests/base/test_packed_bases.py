@@ -1,4 +1,4 @@
-"""Bases whose adapted layers are packed: named by method, and a warning until a merge is asked."""
+"""Bases whose adapted layers are packed: a warning that names the method; a merge is refused."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ I4, F4, F2, U1, I1, I8 = "i4", "f4", "f2", "u1", "i1", "i8"
 
 
 def fixed(**tensors: tuple[tuple[int, ...], str]) -> Pack:
-    """The tensors of a packed layer, with two dots written as `__`."""
+    """Return the tensors of a packed layer; a keyword's `__` stands for a dot."""
     return lambda _: {
         name.replace("__", "."): np.zeros(shape, kind) for name, (shape, kind) in tensors.items()
     }
 
 
 def shaped(kind: str, *siblings: str, transposed: bool = False) -> Pack:
-    """A weight of another type, and the tensors beside the weight."""
+    """Return the packing with a weight of another dtype and with further tensors."""
     return lambda weight: {
         "weight": np.zeros(weight.shape[::-1] if transposed else weight.shape, kind),
         **{name: np.ones(weight.shape[0], F4) for name in siblings},
@@ -127,7 +127,7 @@ PACKED: Mapping[str, tuple[str, Mapping[str, object], Pack]] = {
 
 
 def packed_base(folder: Path, name: str, *, says_so: bool = True) -> Path:
-    """A base whose adapted layers are packed by a method, with or without a word in its config."""
+    """Write a base with packed adapted layers; `says_so` puts the method into the config."""
     _, config, pack = PACKED[name]
     claim = {"quantization_config": config} if says_so else {}
     filled_base(folder, config={"model_type": "llama", **claim})
@@ -140,7 +140,7 @@ def packed_base(folder: Path, name: str, *, says_so: bool = True) -> Path:
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_a_packed_base_is_a_warning_where_nothing_is_added_to_it(
+def test_a_packed_base_is_a_warning_for_commands_that_do_not_merge(
     name: str, tmp_path: Path, run: Run
 ) -> None:
     base, adapter = packed_base(tmp_path / "base", name), good_adapter(tmp_path / "adapter")
@@ -180,7 +180,7 @@ SUPPORTED = ("gptq", "awq", "bnb4", "pack_quantized", "torchao")
 
 
 @pytest.mark.parametrize("name", [name for name in PACKED if name not in SUPPORTED])
-def test_dequantize_refuses_a_method_by_name_and_names_the_ways_out(
+def test_dequantize_refuses_a_method_by_name_with_the_remedies(
     name: str, tmp_path: Path, run: Run
 ) -> None:
     base, adapter = packed_base(tmp_path / "base", name), good_adapter(tmp_path / "adapter")
@@ -193,7 +193,7 @@ def test_dequantize_refuses_a_method_by_name_and_names_the_ways_out(
 
 
 @pytest.mark.parametrize("name", [name for name in PACKED if name not in ("higgs", "bitnet")])
-def test_the_names_alone_tell_the_method_too(name: str, tmp_path: Path, run: Run) -> None:
+def test_the_names_of_the_tensors_show_the_method(name: str, tmp_path: Path, run: Run) -> None:
     base = packed_base(tmp_path / "base", name, says_so=False)
     ended = run("merge", good_adapter(tmp_path / "adapter"), tmp_path / "out", "--base", base)
     assert ended.status == 1
@@ -202,7 +202,7 @@ def test_the_names_alone_tell_the_method_too(name: str, tmp_path: Path, run: Run
     assert PACKED[name][0] in found or found in ("GPTQ or AWQ", "torchao or quanto", "MLX or Metal")
 
 
-def test_what_a_packed_base_hides_is_not_guessed(tmp_path: Path, run: Run) -> None:
+def test_sizes_that_a_packed_base_hides_are_not_guessed(tmp_path: Path, run: Run) -> None:
     base = packed_base(tmp_path / "base", "gptq")
     found = info(good_adapter(tmp_path / "adapter"), base=base)
     assert found.lora_parameters is None
@@ -227,7 +227,7 @@ def test_a_plain_layer_beside_packed_ones_needs_its_tensor(tmp_path: Path) -> No
 
 
 def with_sizes(base: Path) -> Path:
-    """The base, after the sizes of the layers are added to the config."""
+    """Add the sizes of the layers to the config of a base."""
     config = json.loads((base / "config.json").read_bytes()) | LLAMA_SIZES
     (base / "config.json").write_text(json.dumps(config))
     return base
@@ -242,7 +242,7 @@ def test_layers_whose_shapes_are_hidden_are_counted_by_the_config(
     assert found == {(16, 16), (8, 16)}
 
 
-def test_layers_whose_shapes_nothing_tells_are_not_counted(tmp_path: Path) -> None:
+def test_layers_of_unknown_shape_are_not_counted(tmp_path: Path) -> None:
     base = packed_base(tmp_path / "base", "bitnet")
     config = json.loads((base / "config.json").read_bytes())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "new"}))
@@ -250,7 +250,7 @@ def test_layers_whose_shapes_nothing_tells_are_not_counted(tmp_path: Path) -> No
         count(base, rank=2)
 
 
-def test_a_plain_model_with_a_tensor_named_as_a_quantizers_is_counted(tmp_path: Path) -> None:
+def test_a_plain_model_with_a_tensor_named_like_a_quantizer_s_is_counted(tmp_path: Path) -> None:
     filled_base(tmp_path / "base", config={"model_type": "new"})
     tensors = load_file(tmp_path / "base/model.safetensors")
     tensors["model.vq.indices"] = np.zeros((4, 4), np.int64)

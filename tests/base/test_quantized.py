@@ -1,4 +1,4 @@
-"""Quantized bases: recognized by files or config, by name, and only where the adapter changes."""
+"""Recognize quantized bases and their format, by files or config; only adapted layers matter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def plain(*paths: str, dtype: str = "BF16") -> Tensors:
 
 
 def beside(dtype: str, *siblings: str, weight: str = "weight") -> Tensors:
-    """A weight of a dtype, and what a quantizer writes beside it."""
+    """Return a weight of a dtype, and the further tensor that the quantizer writes."""
     return {f"{Q}.{weight}": (dtype, (8, 8))} | {f"{Q}.{name}": ("F32", (8,)) for name in siblings}
 
 
@@ -47,7 +47,7 @@ def text_of(base: BaseModel, names: Iterable[str]) -> str:
     return " ".join(map(str, quantized_targets(base, names)))
 
 
-# --- by what lies in the files -------------------------------------------------------------------
+# --- recognized by the files ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def text_of(base: BaseModel, names: Iterable[str]) -> str:
         ("packed or integer values", beside("I16")),
     ],
 )
-def test_a_weight_is_recognized_by_dtype_or_by_what_lies_beside_it(
+def test_a_weight_is_recognized_by_its_dtype_or_by_further_tensors(
     kind: str, tensors: Tensors
 ) -> None:
     base = base_of({**plain(K, "lm_head"), **tensors})
@@ -84,7 +84,7 @@ def test_a_weight_is_recognized_by_dtype_or_by_what_lies_beside_it(
         refuse_quantized(unpacked(base), [weight])
 
 
-def test_what_a_plain_model_has_beside_its_weights_is_no_sign() -> None:
+def test_further_tensors_of_a_plain_model_are_not_taken_for_a_quantizer_s() -> None:
     names = [f"{Q}.{name}" for name in ("weight_g", "weight_v", "bias", "lora")]
     names += ["conv.parametrizations.weight.original0", "x.weight_1"]
     tensors: Tensors = dict.fromkeys(names, ("F32", (8, 8)))
@@ -94,7 +94,7 @@ def test_what_a_plain_model_has_beside_its_weights_is_no_sign() -> None:
     assert quantized_tensors(base) == frozenset()
 
 
-def test_each_kind_is_one_finding_with_its_count() -> None:
+def test_each_format_is_one_finding_with_its_count() -> None:
     layers = [f"model.layers.{n}.self_attn.q_proj" for n in range(4)]
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for index, path in enumerate(layers):
@@ -107,7 +107,7 @@ def test_each_kind_is_one_finding_with_its_count() -> None:
     ]
 
 
-def test_what_is_quantized_elsewhere_is_noted_and_named() -> None:
+def test_quantized_layers_that_are_not_adapted_are_a_note_with_names() -> None:
     experts = "model.layers.0.mlp.experts"
     quantized: Tensors = {
         f"{experts}.gate_up_proj_blocks": ("U8", (2, 8, 1, 16)),
@@ -126,7 +126,7 @@ def test_what_is_quantized_elsewhere_is_noted_and_named() -> None:
     assert quantized_tensors(base) == set(quantized)
 
 
-# --- by what the config says ---------------------------------------------------------------------
+# --- recognized by the config --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,11 +160,11 @@ def test_the_config_alone_is_enough(kind: str, config: Mapping[str, object], nes
     (finding,) = quantized_targets(base, [f"{Q}.weight"])
     assert f"1 of 1 layers are quantized ({kind})" in finding.reason
     assert "the config says so" in finding.reason
-    assert quantized_targets(base, ["lm_head.weight"]) == []  # nobody does, unless told
+    assert quantized_targets(base, ["lm_head.weight"]) == []  # quantizers skip the head by default
 
 
 def claimed(config: Mapping[str, object], *paths: str, **more: object) -> set[str]:
-    """The paths that the config says are quantized; all are matrices in 16 bits."""
+    """Return the paths that the config calls quantized; all weights are matrices in 16 bits."""
     base = base_of(plain(*paths), {"quantization_config": config, **more})
     return {path for path in paths if quantized_targets(base, [f"{path}.weight"])}
 
@@ -208,22 +208,22 @@ def test_a_list_can_use_names_in_memory() -> None:
     assert claimed(config, path) == {path}
 
 
-def test_a_head_is_quantized_where_the_config_says_so() -> None:
+def test_a_head_is_quantized_if_the_config_says_so() -> None:
     assert claimed({"quant_method": "gptq", "lm_head": True}, "lm_head") == {"lm_head"}
 
 
-def test_what_no_quantizer_touches_is_not_claimed() -> None:
+def test_norms_and_biases_are_never_called_quantized() -> None:
     tensors: Tensors = {"model.norm.weight": ("BF16", (8,)), f"{Q}.bias": ("BF16", (8,))}
     base = base_of(tensors, {"quantization_config": {"quant_method": "fp8"}})
     assert quantized_targets(base, tensors) == []
 
 
 @pytest.mark.parametrize("value", [None, "fp8", []])
-def test_what_is_no_config_claims_nothing(value: Any) -> None:
+def test_a_malformed_config_calls_no_layer_quantized(value: Any) -> None:
     assert text_of(base_of(plain(Q), {"quantization_config": value}), [f"{Q}.weight"]) == ""
 
 
-# --- shapes that are not the layer's -------------------------------------------------------------
+# --- packed shapes -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,10 +237,10 @@ def test_what_is_no_config_claims_nothing(value: Any) -> None:
         ("compressed-tensors", {f"{Q}.weight_packed": ("I32", (8, 1))}),
     ],
 )
-def test_a_layer_that_is_packed_is_refused_as_quantized_and_not_as_missing(
+def test_a_packed_layer_is_refused_as_quantized_and_not_as_missing(
     kind: str, tensors: Tensors
 ) -> None:
-    for prefix in ("", "model."):  # as it is, and where the adapter's names need a strategy
+    for prefix in ("", "model."):  # with the adapter's names, and with names that need a strategy
         layers = {f"{path}".removeprefix(prefix): 8 for path in (Q, K)}
         with pytest.raises(CheckpointError) as error:
             match_modules(layers, base_of({**tensors, **plain(K)}))

@@ -1,4 +1,4 @@
-"""Each format against a slow, obvious reference: value by value, whatever the blocks of rows."""
+"""Compare each format value by value with a slow reference, for several block sizes."""
 
 from __future__ import annotations
 
@@ -42,12 +42,14 @@ def assert_same(found: Array, wanted: Any, dtype: np.dtype[Any]) -> None:
 
 @np.errstate(all="ignore")
 def floats(values: Any, dtype: np.dtype[Any]) -> float:
-    """One value rounded to a dtype, by way of float32."""
+    """Return a value rounded to float32 and then to a dtype."""
     return float(np.asarray(values, np.float64).astype(np.float32).astype(dtype))
 
 
 def extreme(scales: Array) -> Array:
-    """Scales with the smallest subnormal as the first and the largest finite value as the last."""
+    """Set the first scale to the smallest subnormal and the last scale to the largest finite
+    value.
+    """
     if scales.size > 1:
         limits = ml_dtypes.finfo(scales.dtype)  # type: ignore[no-untyped-call]
         scales.reshape(-1)[[0, -1]] = limits.smallest_subnormal, limits.max
@@ -154,7 +156,7 @@ def test_fp8_in_blocks(block: tuple[int, int]) -> None:
 
 
 def packed_stream(codes: Array, bits: int) -> Array:
-    """Rows of codes as dense streams of 32-bit words, lowest bit first."""
+    """Return rows of codes as dense streams of 32-bit words, lowest bit first."""
     rows, columns = codes.shape
     words = np.zeros((rows, -(-columns * bits // 32)), np.uint32)
     for i in range(rows):
@@ -295,7 +297,7 @@ def test_a_cast_to_float16_has_the_bits_of_numpys_cast() -> None:
 
 
 def packed_along_rows(codes: Array, bits: int) -> Array:
-    """Codes (n, columns) as words (n * bits / 32, columns), lowest bits first."""
+    """Return codes (n, columns) as words (n * bits / 32, columns), lowest bits first."""
     words = np.zeros((len(codes) * bits // 32 + 1, codes.shape[1]), np.uint64)
     for i, row in enumerate(codes.astype(np.uint64)):
         place, shift = divmod(i * bits, 32)
@@ -316,7 +318,7 @@ def test_gptq(bits: int, version: str, order: str, group: int) -> None:
     groups = inputs // size
     q = values.integers(0, 1 << bits, (inputs, outputs))
     zeros = values.integers(0, 1 << bits, (groups, outputs))
-    zeros[0, :3] = 0  # written less one, such a zero borrows from its neighbor
+    zeros[0, :3] = 0  # a zero that is stored less one borrows from its neighbor
     scales = extreme(values.uniform(0.001, 2, (groups, outputs)).astype(F16))
     stored = (zeros - 1) % 8 if (version, bits) == ("gptq", 3) else zeros
     words = packed_along_rows(stored.T, bits).T.copy().view(np.uint32)
@@ -472,7 +474,7 @@ def refused(weights: Callable[[Layer], Iterator[PackedWeight]], layer: Layer) ->
         ),
     ],
 )
-def test_a_state_that_lies_is_refused(state: bytes) -> None:
+def test_a_wrong_state_is_refused(state: bytes) -> None:
     arrays: Arrays = {
         "weight": np.zeros((8, 1), np.uint8),
         "weight.absmax": np.ones(1, F32),
@@ -483,7 +485,7 @@ def test_a_state_that_lies_is_refused(state: bytes) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[16, 0], [16, -8], [8, 16], [16, 1 << 50], [16], [16, 8, 1], []])
-def test_a_shape_that_lies_is_refused(sizes: list[int]) -> None:
+def test_a_wrong_shape_is_refused(sizes: list[int]) -> None:
     arrays: Arrays = {
         "weight_packed": np.zeros((16, 2), np.int32),
         "weight_shape": np.array(sizes, np.int64),
@@ -510,9 +512,7 @@ def test_a_shape_that_lies_is_refused(sizes: list[int]) -> None:
         ("V554", {"bits": 8}),
     ],
 )
-def test_settings_of_gptq_that_are_not_known_are_refused(
-    code: str, change: Mapping[str, object]
-) -> None:
+def test_unknown_settings_of_gptq_are_refused(code: str, change: Mapping[str, object]) -> None:
     arrays: Arrays = {
         "qweight": np.zeros((2, 16), np.int32),
         "qzeros": np.zeros((1, 2), np.int32),
@@ -524,7 +524,7 @@ def test_settings_of_gptq_that_are_not_known_are_refused(
 
 
 @pytest.mark.parametrize("value", [-1, 1, 2**31 - 1])
-def test_a_group_that_is_not_there_is_refused(value: int) -> None:
+def test_a_missing_group_is_refused(value: int) -> None:
     arrays: Arrays = {
         "qweight": np.zeros((2, 16), np.int32),
         "qzeros": np.zeros((1, 2), np.int32),
@@ -553,7 +553,7 @@ def test_a_group_that_is_not_there_is_refused(value: int) -> None:
         {"group_size": None},
     ],
 )
-def test_layouts_of_awq_that_are_not_known_are_refused(change: Mapping[str, object]) -> None:
+def test_unknown_layouts_of_awq_are_refused(change: Mapping[str, object]) -> None:
     arrays: Arrays = {
         "qweight": np.zeros((16, 2), np.int32),
         "qzeros": np.zeros((1, 2), np.int32),
@@ -583,7 +583,7 @@ BF = '"dtype": {"_data": "bfloat16"}'
         f'{{{INT8}: {{"block_size": [1, 16], {BF}}}, "_tensor_data_names": ["qdata", "zero"]}}',
     ],
 )
-def test_a_header_of_torchao_that_lies_is_refused(said: str | None) -> None:
+def test_a_wrong_header_of_torchao_is_refused(said: str | None) -> None:
     arrays: Arrays = {
         "_weight_qdata": np.zeros((4, 16), np.int8),
         "_weight_scale": np.ones((4, 1), F32),
@@ -607,7 +607,7 @@ def test_a_header_of_torchao_that_lies_is_refused(said: str | None) -> None:
         {"config_groups": {key: {"targets": ["re:(a+)+$"]} for key in map(str, range(1000))}},
     ],
 )
-def test_settings_of_compressed_tensors_that_are_not_known_are_refused(
+def test_unknown_settings_of_compressed_tensors_are_refused(
     change: Mapping[str, object],
 ) -> None:
     arrays: Arrays = {
@@ -619,7 +619,7 @@ def test_settings_of_compressed_tensors_that_are_not_known_are_refused(
     assert refused(compressed_tensors.weights, layer_of(arrays, settings)) == "V554"
 
 
-def test_more_groups_than_are_read_are_refused_with_the_bound() -> None:
+def test_too_many_groups_are_refused_with_the_limit() -> None:
     arrays: Arrays = {"weight": np.zeros((4, 4), np.int8), "weight_scale": np.ones((4, 1), BF16)}
     group = {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}
     for count in (64, 65):

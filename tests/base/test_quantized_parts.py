@@ -24,7 +24,7 @@ NAMES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
 CODES = {"V552", "V553", "V554"}
 Change = Callable[[TensorInfo], TensorInfo]
 OPTIONAL = {"g_idx", "weight_format"}
-"""Parts that the libraries do without: in these files, or in any."""
+"""Parts that the libraries do not need in these files or in any file."""
 
 
 def base_of(name: str) -> BaseModel:
@@ -39,12 +39,12 @@ def section_of(base: BaseModel) -> Mapping[str, Any]:
 
 
 def parts_of(base: BaseModel) -> tuple[str, ...]:
-    """The parts of the first packed weight."""
+    """Return the parts of the first packed weight."""
     return next(iter(unpacked(base).weights.values())).parts
 
 
 def with_tensors(base: BaseModel, tensors: Mapping[str, BaseTensor]) -> set[str]:
-    """The codes of what is wrong with a base that has these tensors."""
+    """Return the codes of the defects of a base with these tensors."""
     return {finding.code for finding in unpacked(replace(base, tensors=tensors)).defects}
 
 
@@ -57,14 +57,14 @@ def test_a_refusal_names_the_three_ways_out(code: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_good_base_is_dequantized_whole(name: str) -> None:
+def test_the_good_base_has_no_defects(name: str) -> None:
     base = unpacked(base_of(name))
     assert base.defects == ()
     assert len(base.weights) == (2 if "mxfp4" in name else 7)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_part_that_is_missing_is_named(name: str) -> None:
+def test_a_missing_part_is_named(name: str) -> None:
     base = base_of(name)
     for part in parts_of(base):
         rest = {key: tensor for key, tensor in base.tensors.items() if key != part}
@@ -103,7 +103,7 @@ def test_a_part_of_another_dtype_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     "rest", ["weight_g_idx", "zero", "weight.absmax", "SCB", "_weight_qdata", "qweight", "foreign"]
 )
-def test_a_part_that_the_format_does_not_have_is_refused(name: str, rest: str) -> None:
+def test_a_foreign_part_is_refused(name: str, rest: str) -> None:
     base = base_of(name)
     main = next(iter(unpacked(base).weights.values())).main
     foreign = f"{layer_of(main)[0]}.{rest}"
@@ -128,7 +128,7 @@ def test_two_configs_that_disagree_are_refused(name: str) -> None:
 
 
 def first_layer(base: BaseModel) -> str:
-    """The path of the first layer that is packed."""
+    """Return the path of the first packed layer."""
     return layer_of(next(iter(unpacked(base).weights.values())).main)[0]
 
 
@@ -186,7 +186,7 @@ def test_a_layer_whose_class_stores_the_transpose_is_refused_by_name(
     assert shapes[0][f"{path}.weight"].info.shape == shapes[1][f"{new}.weight"].info.shape
 
 
-def test_a_layer_without_a_word_in_the_config_is_refused_with_the_reason() -> None:
+def test_a_layer_that_the_config_does_not_describe_is_refused_with_the_reason() -> None:
     base = base_of("gptq-8bit")
     config = {key: value for key, value in base.config.items() if key != "quantization_config"}
     first, *_ = unpacked(replace(base, config=config)).defects
@@ -221,7 +221,9 @@ def test_the_expressions_of_a_config_are_compared_in_one_process(
 
 
 def with_groups(base: BaseModel, *more: Mapping[str, object]) -> BaseModel:
-    """A base of compressed-tensors with more groups in the config, before the base's own."""
+    """Return a compressed-tensors base with more groups in the config, before the base's own
+    groups.
+    """
     section = section_of(base)
     groups = {f"more {number}": group for number, group in enumerate(more)}
     settings = {**section, "config_groups": {**groups, **section["config_groups"]}}
@@ -259,7 +261,7 @@ def test_the_group_that_names_a_layer_decides(target: str, group: Mapping[str, o
     assert all("q_proj" in place for place in named)
 
 
-def test_a_path_goes_before_an_expression_and_an_expression_before_a_class() -> None:
+def test_a_path_precedes_an_expression_and_an_expression_precedes_a_class() -> None:
     paths = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj", "lm_head"]
     groups = {
         "a": {"targets": ["Linear", "self_attn.q_proj", "re:.*gate_proj$", 5]},
@@ -292,7 +294,7 @@ def with_rules(base: BaseModel, rules: object) -> BaseModel:
 
 
 def of_8_bits(base: BaseModel, ending: str) -> BaseModel:
-    """A base of 4 bits whose layers with the ending have 8 bits."""
+    """Return a 4-bit base in which layers with this ending have 8 bits."""
     other = base_of("gptq-8bit").tensors
     mixed = {
         name: other[name] if layer_of(name)[0].endswith(ending) else tensor
@@ -338,7 +340,7 @@ def test_a_rule_that_contradicts_a_layer_is_refused(name: str, rules: Mapping[st
 
 
 @pytest.mark.parametrize("rules", [{"(": {"bits": 4}}, {"(.|.)+#": {}}, ["-:.*"], "none"])
-def test_rules_that_nobody_can_evaluate_are_refused(rules: object) -> None:
+def test_rules_that_cannot_be_evaluated_are_refused(rules: object) -> None:
     found = unpacked(with_rules(base_of("gptq-4bit-v1"), rules))
     assert {finding.code for finding in found.defects} == {"V554"}
     assert "dynamic" in found.defects[0].reason

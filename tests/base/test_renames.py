@@ -26,7 +26,7 @@ CLIP, SIGLIP = ({"model_type": f"{name}_vision_model"} for name in ("clip", "sig
 
 
 def base_of(paths: Iterable[str], **config: object) -> BaseModel:
-    """A base with a square matrix for each path."""
+    """Return a base with a square matrix for each path."""
     tensors = {
         f"{path}.weight": BaseTensor("m", TensorInfo(f"{path}.weight", "F32", (8, 8), 0, 0))
         for path in paths
@@ -38,7 +38,7 @@ def matched(modules: Iterable[str], base: BaseModel) -> Match:
     return match_modules(dict.fromkeys(modules, 8), base)
 
 
-# --- what each release did -----------------------------------------------------------------------
+# --- the renames of each release -----------------------------------------------------------------
 
 TEXT, TOWER = "layers.1.self_attn.q_proj", "encoder.layers.0.self_attn.v_proj"
 OLD_LLAVA = (
@@ -84,10 +84,10 @@ VIT = (
 @pytest.mark.parametrize("vision", [CLIP, SIGLIP, {}], ids=["clip", "siglip", "unsaid"])
 @pytest.mark.parametrize("trained", LLAVA_FORMS)
 @pytest.mark.parametrize("stored", LLAVA_FORMS)
-def test_each_form_of_llava_is_found_in_each(
+def test_each_layout_of_llava_is_found_in_each_other_layout(
     kind: str, vision: Mapping[str, str], trained: str, stored: str
 ) -> None:
-    # R05: either layout on disk, the adapter with another one.
+    # R05: the files have one layout, and the adapter has another.
     adapter, files = LLAVA_FORMS[trained], LLAVA_FORMS[stored]
     base = base_of(files, model_type=kind, vision_config=vision)
     match = matched(adapter, base)
@@ -101,16 +101,16 @@ def test_each_form_of_llava_is_found_in_each(
 
 
 @pytest.mark.parametrize("stored", LLAVA_FORMS)
-def test_an_adapter_of_the_model_without_its_head_is_found_too(stored: str) -> None:
+def test_an_adapter_of_the_class_without_a_head_is_found(stored: str) -> None:
     files = LLAVA_FORMS[stored]
     match = matched(WITHOUT_HEAD, base_of(files, model_type="llava", vision_config=CLIP))
     assert [*match.tensors.values()] == [f"{path}.weight" for path in files[:3]]
     assert match.strategy.undo(files[0]) == WITHOUT_HEAD[0]
-    assert match.strategy.undo(files[3]) is None  # the head is no part of the adapter's model
+    assert match.strategy.undo(files[3]) is None  # the adapter's model has no head
 
 
 @pytest.mark.parametrize(("trained", "stored"), [(OLD_LLAVA, LLAVA_5), (LLAVA_5, OLD_LLAVA)])
-def test_names_of_two_releases_are_never_mixed(
+def test_an_adapter_with_names_of_two_releases_is_refused(
     trained: tuple[str, ...], stored: tuple[str, ...]
 ) -> None:
     # R06: only half of the keys are renamed.
@@ -124,7 +124,7 @@ def test_names_of_two_releases_are_never_mixed(
     assert "1 of 2 layers" in str(error.value)
 
 
-def test_a_base_that_holds_both_names_of_a_layer_is_not_guessed_at() -> None:
+def test_a_base_with_both_names_of_a_layer_is_refused() -> None:
     base = base_of([*OLD_LLAVA, LLAVA_5[1], LLAVA_5[0]], model_type="llava", vision_config=CLIP)
     with pytest.raises(CheckpointError, match="V520"):
         matched(LLAVA_4_57, base)
@@ -132,7 +132,9 @@ def test_a_base_that_holds_both_names_of_a_layer_is_not_guessed_at() -> None:
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize(("trained", "stored"), [(QWEN, OLD_QWEN), (OLD_QWEN, QWEN)])
-def test_qwen_vl(kind: str, trained: tuple[str, ...], stored: tuple[str, ...]) -> None:
+def test_each_layout_of_qwen_vl_is_found(
+    kind: str, trained: tuple[str, ...], stored: tuple[str, ...]
+) -> None:
     match = matched(trained, base_of(stored, model_type=kind))
     assert [*match.tensors.values()] == [f"{path}.weight" for path in stored]
     assert "Qwen2-VL" in match.strategy.name
@@ -140,7 +142,9 @@ def test_qwen_vl(kind: str, trained: tuple[str, ...], stored: tuple[str, ...]) -
 
 @pytest.mark.parametrize("kind", ["vit", "deit", "vit_msn", "ijepa", "vivit"])
 @pytest.mark.parametrize(("trained", "stored"), [(VIT, OLD_VIT), (OLD_VIT, VIT)])
-def test_vit(kind: str, trained: tuple[str, ...], stored: tuple[str, ...]) -> None:
+def test_each_layout_of_vit_is_found(
+    kind: str, trained: tuple[str, ...], stored: tuple[str, ...]
+) -> None:
     match = matched(trained, base_of(stored, model_type=kind))
     assert [*match.tensors.values()] == [f"{path}.weight" for path in stored]
     assert "ViT" in match.strategy.name
@@ -152,7 +156,7 @@ def test_vit(kind: str, trained: tuple[str, ...], stored: tuple[str, ...]) -> No
         ("gpt_neox", "embed_out", "lm_head"),
         ("nemotron_h", "backbone.layers.0.mixer.in_proj", "model.layers.0.mixer.in_proj"),
         (
-            "qwen2_audio",  # 5.10 to 5.23 wrote such files
+            "qwen2_audio",  # transformers 5.10 to 5.23 wrote these files
             "model.language_model.model.layers.0.mlp.up_proj",
             "model.language_model.layers.0.mlp.up_proj",
         ),
@@ -179,12 +183,12 @@ def test_vit(kind: str, trained: tuple[str, ...], stored: tuple[str, ...]) -> No
         ("vit_mae", "decoder.decoder_layers.0.output.dense", "decoder.decoder_layers.0.mlp.fc2"),
     ],
 )
-def test_some_of_the_others(kind: str, files: str, memory: str) -> None:
+def test_a_layer_of_another_family_is_found(kind: str, files: str, memory: str) -> None:
     match = matched([memory], base_of([files], model_type=kind))
     assert match.tensors == {memory: f"{files}.weight"}
 
 
-def test_renamings_hold_for_their_types_alone() -> None:
+def test_renames_hold_only_for_their_model_types() -> None:
     assert [*release_names(base_of(OLD_VIT, model_type="bert"))] == []
     assert [*release_names(base_of(OLD_LLAVA))] == []
     with pytest.raises(CheckpointError, match="V520"):
@@ -219,7 +223,7 @@ def test_replaced_modules_follow_their_renaming_where_the_layers_need_none() -> 
     }
 
 
-def test_a_config_of_every_type_costs_no_more_than_one() -> None:
+def test_a_config_with_every_type_is_not_slower_than_one_type() -> None:
     every = sorted(set().union(*(family.types for family in families())))
     renames = (rename for family in families() for rename in family.renames)
     paths = {files.removeprefix("^").replace("#", "0") for files, _ in renames}
@@ -268,13 +272,14 @@ def test_a_layer_without_a_tensor_of_its_own_is_refused_by_name(
     base = base_of([files, files.replace("gate_proj", "up_proj")], model_type=kind)
     try:
         findings = matched([memory], base).refusals
-    except CheckpointError as error:  # without another tensor of the block, the place is not proven
+    # without another tensor of the block, the rename is not proven
+    except CheckpointError as error:
         findings = [*error.findings]
     finding = findings[0]
     assert finding.code == code
     assert files in str(finding)
     assert memory in str(finding)
-    # The same numbers elsewhere, or another type, say nothing of this layer.
+    # The same numbers in another place, or another model type, prove nothing about this layer.
     other = base_of([files.replace("0", "1").replace("3", "1")], model_type=kind)
     with pytest.raises(CheckpointError, match="V520"):
         matched([memory], other)
@@ -309,7 +314,7 @@ def test_an_expert_of_a_stack_is_refused_by_name(stack: str) -> None:
         ("output_linear.weight", (4, 32, 24), "down_proj", (32, 24)),
     ],
 )
-def test_a_stack_tells_the_size_of_an_expert_s_layer(
+def test_a_stack_shows_the_size_of_an_expert_s_layer(
     stack: str, shape: tuple[int, ...], layer: str, size: tuple[int, int]
 ) -> None:
     name, module = f"layers.1.mlp.{stack}", f"layers.1.mlp.experts.3.{layer}"
@@ -338,7 +343,7 @@ def test_a_stack_that_does_not_fit_a_layer_proves_no_size(module: str, outputs: 
         match_modules({module: outputs}, BaseModel(base_of([]).location, {}, {}, tensors))
 
 
-def test_experts_that_are_stored_one_by_one_fit_as_they_are() -> None:
+def test_experts_that_are_stored_separately_fit_unchanged() -> None:
     experts = [f"model.layers.0.block_sparse_moe.experts.{n}.w{m}" for n in (0, 1) for m in (1, 2)]
     match = matched(experts, base_of(experts, model_type="mixtral"))
     assert match.strategy.name == "names as they are"
@@ -393,11 +398,13 @@ def test_the_rows_of_a_swiglu_of_dinov2_are_known(tmp_path: Path) -> None:
     assert match_modules(rest, base).strategy.name == "names of DINOv2 since transformers 5"
 
 
-# --- there and back ------------------------------------------------------------------------------
+# --- old names to new names and back -------------------------------------------------------------
 
 
 def renamed(base: BaseModel, names: Iterable[str], wanted: Iterable[str]) -> bool:
-    """Say whether any view calls the layers of these names in the files by the wanted names."""
+    """Say whether a table of renames turns these names in the files into the wanted names, and
+    back.
+    """
     pairs = [*zip(names, wanted, strict=True)]
     return any(
         all(names.undo(old) == new and names.rename(new) == old for old, new in pairs)
@@ -427,7 +434,7 @@ def test_old_names_of_a_family_become_new_names_and_old_names_again(family: Fami
         ]
         assert changed, kind
         assert renamed(base, old, new), kind
-        if family.optional:  # names without the part say nothing of where it was
+        if family.optional:  # names without this part do not show where the part was
             continue
         assert renamed(base_of(new, model_type=kind), new, old), kind
 
@@ -467,7 +474,7 @@ def test_a_layer_whose_weight_is_renamed_without_its_module_is_found() -> None:
     assert match.tensors["proj"] == name
 
 
-def test_a_number_is_a_name_at_the_places_of_a_table_alone() -> None:
+def test_a_number_is_a_name_only_where_a_table_says_so() -> None:
     files = ["flow_lm.flow_net.res_blocks.0.mlp.2", "flow_lm.flow_net.res_blocks.2.mlp.0"]
     layers = ["flow_head.layers.0.fc2", "flow_head.layers.2.fc1"]
     match = matched(layers, base_of(files, model_type="gradium_phonon_tts"))
@@ -504,7 +511,7 @@ def test_the_published_names_of_kimi_are_found() -> None:
 
 @pytest.fixture(scope="module")
 def renamed_by_registry() -> Callable[[Any, str], str]:
-    """The name in memory that the installed transformers gives a layer of the files."""
+    """Return the name in memory that the installed transformers gives a layer of the files."""
     loading = pytest.importorskip("transformers.core_model_loading")
     registry = pytest.importorskip("transformers.conversion_mapping")
 
@@ -525,7 +532,7 @@ def test_the_registry_takes_former_names_to_the_same_layers(
     layers = linear_layers(model)
     base = base_of(layers, **model.config.to_dict())
     for view in release_names(base):
-        if "since" in view.name:  # names of several releases in one file: nobody wrote such
+        if "since" in view.name:  # no release wrote a file with names of several releases
             continue
         for module in layers:
             assert renamed_by_registry(model, view.undo(module) or "") == module

@@ -32,7 +32,7 @@ def codes(done: Merge) -> list[str]:
     return [finding.code for finding in done.findings]
 
 
-def test_every_replaced_tensor_is_told_with_the_size_of_its_change(tmp_path: Path) -> None:
+def test_every_replaced_tensor_is_reported_with_the_size_of_its_change(tmp_path: Path) -> None:
     base = filled_base(tmp_path / "base")
     old = tensors_of(base)[HEAD].astype(np.float64)
     new = np.random.default_rng(5).normal(0, 0.3, (32, 16)).astype(np.float32)
@@ -52,7 +52,7 @@ def test_every_replaced_tensor_is_told_with_the_size_of_its_change(tmp_path: Pat
     document = json.loads(json.dumps(result_document(done)))
     (listed,) = document["replaced"]
     assert listed["relative_change"] == pytest.approx(wanted, rel=1e-3)
-    # The numbers of the deltas stay apart from those of replaced tensors.
+    # The numbers of the deltas do not include the replaced tensors.
     alone = merged_with(good_adapter(tmp_path / "b"), base, tmp_path / "alone")
     assert document["numbers"] == result_document(alone)["numbers"]
 
@@ -63,7 +63,7 @@ def test_a_replaced_tensor_of_zeros_has_no_relative_change() -> None:
     assert tensor.change == "changes from zeros"
 
 
-def test_a_model_without_replaced_tensors_says_nothing_of_them(tmp_path: Path) -> None:
+def test_a_report_without_replaced_tensors_does_not_mention_replacement(tmp_path: Path) -> None:
     adapter, base = good_adapter(tmp_path / "a"), filled_base(tmp_path / "base")
     done = merged_with(adapter, base, tmp_path / "out")
     assert done.replaced == ()
@@ -72,7 +72,7 @@ def test_a_model_without_replaced_tensors_says_nothing_of_them(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25])
-def test_a_tensor_replaced_by_one_value_is_warned_of(tmp_path: Path, value: float) -> None:
+def test_a_tensor_replaced_by_a_single_value_is_a_warning(tmp_path: Path, value: float) -> None:
     base = filled_base(tmp_path / "base")
     adapter = replacing(
         tmp_path / "a", {HEAD: np.full((32, 16), value)}, modules_to_save=["lm_head"]
@@ -123,7 +123,7 @@ def test_large_tensors_are_compared_in_blocks(
     assert (blocks.numbers.values, blocks.constant) == (512, None)
 
 
-def test_a_layer_of_the_body_that_is_trained_whole_gives_no_labels(tmp_path: Path) -> None:
+def test_a_fully_trained_layer_of_the_body_does_not_change_the_labels(tmp_path: Path) -> None:
     config = {"architectures": ["HubertForSequenceClassification"], "model_type": "hubert"}
     base = filled_base(tmp_path / "base", tensors={"projector.weight": (8, 16)}, config=config)
     adapter = replacing(
@@ -133,7 +133,7 @@ def test_a_layer_of_the_body_that_is_trained_whole_gives_no_labels(tmp_path: Pat
     assert json.loads((tmp_path / "out" / "config.json").read_bytes()) == config
 
 
-def test_a_module_trained_whole_is_not_sought_in_experts_that_the_class_fuses(
+def test_a_fully_trained_module_is_not_searched_in_fused_experts(
     tmp_path: Path,
 ) -> None:
     own, expert = "model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.experts.{}.gate_proj"

@@ -22,7 +22,7 @@ from vera_convert.errors import UsageError
 FIXTURES = DATA / "fixtures"
 
 
-# --- what the base decides -----------------------------------------------------------------------
+# --- dims that the base decides ------------------------------------------------------------------
 
 
 NAMES: Mapping[str, Callable[[str], str]] = {
@@ -32,7 +32,7 @@ NAMES: Mapping[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("rename", NAMES.values(), ids=NAMES)
-def test_a_base_whose_names_have_another_prefix_counts_too(
+def test_a_base_whose_names_have_another_prefix_decides_the_dims(
     rename: Callable[[str], str], tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
@@ -69,7 +69,7 @@ def test_a_tied_head_counts_with_the_embeddings_shape(tmp_path: Path) -> None:
     assert strip(folder, tmp_path / "out", base=BaseOptions(str(base))).findings == ()
 
 
-def test_layers_stored_the_other_way_round_are_told_by_their_biases(tmp_path: Path) -> None:
+def test_biases_show_that_weights_are_stored_transposed(tmp_path: Path) -> None:
     base = BaseOptions(str(FIXTURES / "bases" / "gpt2-fp32"))
     folder = FIXTURES / "0.21.2" / "gpt2_fp32_proj"
     bare = tmp_path / "base"
@@ -79,11 +79,11 @@ def test_layers_stored_the_other_way_round_are_told_by_their_biases(tmp_path: Pa
     )
     for number, options in enumerate(
         (base, BaseOptions(str(bare)))
-    ):  # once without its config.json
+    ):  # with the base's config.json, and without it
         assert strip(folder, tmp_path / f"out{number}", base=options).findings == ()
 
 
-def test_the_head_of_a_classifier_passes_through(tmp_path: Path) -> None:
+def test_the_head_of_a_classifier_is_kept(tmp_path: Path) -> None:
     folder = FIXTURES / "0.21.2" / "bert_cls_fp32_proj"
     strip(folder, tmp_path / "out", base=base_of(folder))
     head = "base_model.model.classifier.weight"
@@ -128,7 +128,7 @@ def test_a_base_of_a_known_type_needs_no_weights(tmp_path: Path) -> None:
         assert refusal(act) == code
 
 
-def test_no_output_goes_into_the_base(tmp_path: Path) -> None:
+def test_an_output_inside_the_base_is_refused(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     base = tiny_base(tmp_path / "base")
     for model in (base, base / "deep"):

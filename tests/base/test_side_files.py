@@ -1,4 +1,4 @@
-"""The files beside a base's weights: copied, left out, or replaced."""
+"""The other files in the base's folder: copied, left out, or replaced by the adapter's files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vera_convert.merging.merge import merge
 from vera_convert.verification.options import VerifyOptions
 from vera_convert.verification.verify import verify
 
-# --- what else is in the folder ------------------------------------------------------------------
+# --- other files of the base ---------------------------------------------------------------------
 
 
 BESIDE = {
@@ -57,7 +57,7 @@ def beside(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
-def test_side_files_are_carried_byte_for_byte(tmp_path: Path, adapter: Path, base: Path) -> None:
+def test_side_files_are_copied_byte_by_byte(tmp_path: Path, adapter: Path, base: Path) -> None:
     beside(base, BESIDE | {".hidden": b"", "README.md": b"the base's own card"})
     done = merged_with(adapter, base, tmp_path / "out")
     found = bytes_by_name(tmp_path / "out")
@@ -94,9 +94,7 @@ def test_an_adapter_in_the_base_s_folder_is_left_out(
     assert [finding.code for finding in done.findings] == ["V540"]
 
 
-def test_parts_with_weights_of_their_own_are_carried(
-    tmp_path: Path, adapter: Path, base: Path
-) -> None:
+def test_parts_with_their_own_weights_are_copied(tmp_path: Path, adapter: Path, base: Path) -> None:
     dense = {
         "modules.json": b"[]",
         "2_Dense/config.json": b"{}",
@@ -110,7 +108,7 @@ def test_parts_with_weights_of_their_own_are_carried(
     assert "library_name: sentence-transformers" in (tmp_path / "out/README.md").read_text()
 
 
-def test_the_adapter_s_own_tokenizer_is_taken_as_a_set(
+def test_all_files_of_the_adapter_s_tokenizer_are_taken_together(
     tmp_path: Path, adapter: Path, base: Path
 ) -> None:
     beside(base, {"vocab.txt": b"base", "tokenizer_config.json": b"{}", "keep.txt": b"base"})
@@ -151,10 +149,10 @@ def test_a_token_without_a_row_is_refused_with_both_numbers(
         merged_with(adapter, base, tmp_path / "out")
 
 
-# --- what lies beside the adapter ----------------------------------------------------------------
+# --- other files of the adapter ------------------------------------------------------------------
 
 
-def test_what_decides_the_use_of_the_model_is_taken_from_the_adapter(
+def test_generation_and_processor_configs_are_taken_from_the_adapter(
     tmp_path: Path, adapter: Path, base: Path
 ) -> None:
     beside(base, {"generation_config.json": b"base", "preprocessor_config.json": b"base"})
@@ -257,7 +255,7 @@ def test_an_adapter_that_is_a_module_of_a_repo_is_warned_about(
 @pytest.mark.parametrize(
     "name", ["new_embeddings.safetensors", "non_lora_state_dict.bin", "extra/weights.pt"]
 )
-def test_weights_beside_the_adapter_are_named_as_not_merged(
+def test_other_weights_in_the_adapter_s_folder_are_named_as_not_merged(
     tmp_path: Path, adapter: Path, base: Path, name: str
 ) -> None:
     beside(adapter, {name: b"weights"})
@@ -294,7 +292,7 @@ def test_nothing_of_a_training_run_or_a_download_is_published(
 def test_the_weights_that_the_config_names_are_merged(
     tmp_path: Path, adapter: Path, shards: int
 ) -> None:
-    """transformers 5 follows the field, whatever lies beside the file."""
+    """transformers 5 follows the field, even if the folder holds a file of the usual name."""
     base = filled_base(tmp_path / "base", shards=shards)
     named = "weights.safetensors" if shards == 1 else "weights.safetensors.index.json"
     (base / ("model.safetensors" if shards == 1 else INDEX)).rename(base / named)
@@ -332,7 +330,7 @@ def test_the_weights_that_the_config_names_are_merged(
     ("named", "code"),
     [("../other.safetensors", "V005"), ("missing.safetensors", "V507"), ("/x.safetensors", "V005")],
 )
-def test_weights_that_the_config_names_in_vain_are_refused(
+def test_a_config_that_names_missing_weights_is_refused(
     tmp_path: Path, adapter: Path, base: Path, named: str, code: str
 ) -> None:
     (base / "config.json").write_text(json.dumps({"transformers_weights": named}))

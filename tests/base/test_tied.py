@@ -1,4 +1,4 @@
-"""The tensors that head and embeddings share."""
+"""The tensors that an output head and the embeddings share."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_only_the_weight_of_the_shared_embedding_is_stored_for_each_stack() -> N
         ),
     ],
 )
-def test_what_a_class_ties_by_the_field_of_the_head_is_a_copy(
+def test_tensors_that_a_class_ties_with_the_head_are_copies(
     kind: str, stored: str, copies: set[str]
 ) -> None:
     tensors = {stored: BaseTensor("m", TensorInfo(stored, "F32", (4,), 0, 0))}
