@@ -310,7 +310,7 @@ REPORTS = (
         "a server refuses an adapter with modules that were trained whole",
         "ggml-org/llama.cpp #11554, vllm-project/vllm #9280, #21500",
         (
-            "test_a_trained_head_goes_with_the_lora_for_peft_and_its_users_are_warned",
+            "test_a_trained_head_is_kept_for_peft_with_a_warning",
             "test_a_head_that_the_engine_drops_is_refused_or_left_out",
             "test_vllm_takes_a_plain_classifier_and_refuses_a_nested_one",
         ),
@@ -319,9 +319,9 @@ REPORTS = (
         "the rank is above the server's limit, and only the server says so",
         "vllm-project/vllm #2847, NVIDIA/TensorRT-LLM #1903, PrimeIntellect-ai/prime-rl #1408",
         (
-            "test_a_rank_that_vllm_does_not_serve_is_refused_with_the_exact_way_out",
-            "test_without_an_exact_way_out_the_highest_rank_and_its_error_are_offered",
-            "test_the_rank_to_start_vllm_with_is_one_that_vllm_allows",
+            "test_a_rank_that_vllm_does_not_serve_is_refused_with_an_exact_remedy",
+            "test_without_an_exact_remedy_the_highest_rank_and_its_error_are_proposed",
+            "test_the_proposed_max_lora_rank_is_a_value_that_vllm_allows",
         ),
     ),
     Report(
@@ -329,7 +329,7 @@ REPORTS = (
         "PEFT's save_as_lora, on RoBERTa",
         (
             "test_peft_gives_the_outputs_of_the_vera_adapter",
-            "test_a_trained_head_goes_with_the_lora_for_peft_and_its_users_are_warned",
+            "test_a_trained_head_is_kept_for_peft_with_a_warning",
         ),
     ),
     Report(
@@ -337,7 +337,7 @@ REPORTS = (
         "PEFT's save_as_lora, on layers with grouped keys",
         (
             "test_a_rank_above_a_layers_outputs_is_exact",
-            "test_a_rank_above_both_sides_of_a_layer_is_no_reason_to_refuse",
+            "test_a_rank_above_both_sides_of_a_layer_is_converted",
         ),
     ),
     # --- quantized bases ---

@@ -1,4 +1,4 @@
-"""The rules of each engine: a layer that the engine would drop is refused before writing."""
+"""The rules of each engine: a layer that the engine would drop is refused before any write."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def convert(
     model_type: str = "some_moe",
     **options: Any,
 ) -> LoraConversion:
-    """Convert an adapter of some modules of a model with a dense layer, experts and a tower."""
+    """Convert an adapter of these modules of a model with a dense layer, experts and a tower."""
     tensors: dict[str, Any] = dict.fromkeys(good_tensors())
     tensors |= {name: t for name, t in good_tensors().items() if name.startswith("base_model.vera")}
     for module in adapted:
@@ -57,7 +57,7 @@ def convert(
 def refused(
     adapted: list[str], folder: Path, match: str, *, layers: int = 1, **options: Any
 ) -> None:
-    """Expect a refusal with one error for each of so many layers."""
+    """Check that the conversion is refused, with one error for each of this number of layers."""
     with pytest.raises(CheckpointError, match=match) as caught:
         convert(adapted, folder, **options)
     first = caught.value.findings[0]
@@ -67,7 +67,7 @@ def refused(
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_routed_experts_are_adapted_as_a_whole_or_filled_with_zeros(
+def test_routed_experts_are_adapted_completely_or_filled_with_zeros(
     engine: str, tmp_path: Path
 ) -> None:
     assert convert(EXPERTS, tmp_path / "all", engine=engine).written
@@ -80,12 +80,14 @@ def test_routed_experts_are_adapted_as_a_whole_or_filled_with_zeros(
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_shared_experts_and_dense_layers_of_a_moe_are_served(engine: str, tmp_path: Path) -> None:
+def test_shared_experts_and_dense_layers_of_a_moe_are_converted(
+    engine: str, tmp_path: Path
+) -> None:
     assert convert([*SHARED, *DENSE], tmp_path, engine=engine).written
 
 
 @pytest.mark.parametrize("engine", ["tgi", "mlx"])
-def test_routed_experts_are_no_modules_of_their_own(engine: str, tmp_path: Path) -> None:
+def test_single_routed_experts_are_refused(engine: str, tmp_path: Path) -> None:
     refused(EXPERTS, tmp_path, r"V705 .*experts", layers=6, engine=engine)
 
 
@@ -95,7 +97,7 @@ def test_tgi_drops_a_kind_that_a_layer_of_the_base_lacks(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("engine", ["sglang", "tgi", "mlx"])
-def test_a_vision_tower_is_no_part_of_the_text_model(engine: str, tmp_path: Path) -> None:
+def test_a_layer_of_a_vision_tower_is_refused(engine: str, tmp_path: Path) -> None:
     refused(TOWER, tmp_path, r"V705 vision_tower\.encoder\.layers\.0", layers=2, engine=engine)
 
 
@@ -110,7 +112,7 @@ def test_vllm_loads_a_vision_tower_only_on_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "fits"), [("GPT2LMHeadModel", False), ("LlamaModel", True)])
-def test_vllm_takes_no_lora_of_some_kinds_of_models(name: str, fits: bool, tmp_path: Path) -> None:
+def test_vllm_takes_no_lora_for_some_model_types(name: str, fits: bool, tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     base = tiny_base(tmp_path / "base", config={"architectures": [name, "BloomForCausalLM"]})
     options = LoraOptions(engine=EngineName.VLLM)
@@ -164,7 +166,7 @@ def test_the_other_errors_of_an_engine_are_in_the_json_and_not_in_validate(
     assert len(ended.document["findings"]) > 1
 
 
-def test_warnings_that_differ_in_the_layer_alone_are_one_line(run: Run, tmp_path: Path) -> None:
+def test_warnings_that_differ_only_in_the_layer_are_one_line(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     convert(TOWER, folder, engine="vllm")
     words = ["to-lora", folder / "adapter", tmp_path / "out", "--base", folder / "base"]

@@ -1,4 +1,4 @@
-"""The factors of layers of several sizes, value by value."""
+"""Compare the factors of layers of several sizes value by value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = {
     for name, shape in LAYER.items()
     if len(shape) == 2
 }
-"""Outputs and inputs of each linear layer: narrower and wider than others, in any order."""
+"""Outputs and inputs of each linear layer, narrower and wider, in any order."""
 PREFIX = "base_model.model."
 HEADS = {"q_proj": 2, "k_proj": 1}
 MODEL = {
@@ -37,9 +37,9 @@ MODEL = {
 def written(
     folder: Path, rank: int, *, untrained: str = "", **options: Any
 ) -> tuple[dict[str, Factors], dict[str, NDArray[Any]]]:
-    """Convert an adapter of all linear layers; return the operands, and the tensors of the LoRA.
+    """Convert an adapter of all linear layers; return the operands and the tensors of the LoRA.
 
-    The b of an untrained layer is 0.
+    The layers whose names contain `untrained` have a b of 0.
     """
     values = np.random.default_rng(rank)
     most = [max(shape[side] for shape in SHAPES.values()) for side in range(2)]
@@ -63,7 +63,7 @@ def written(
 
 @pytest.mark.parametrize("rank", [3, 12, 20, 40])
 @pytest.mark.parametrize(("name", "dtype"), [("float32", "F32"), ("bfloat16", "BF16")])
-def test_each_layer_has_its_own_part_of_a_and_b(
+def test_each_layer_gets_its_own_part_of_a_and_b(
     name: str, dtype: str, rank: int, tmp_path: Path
 ) -> None:
     layers, found = written(tmp_path, rank, dtype=name)
@@ -75,7 +75,7 @@ def test_each_layer_has_its_own_part_of_a_and_b(
         assert lora_B.tobytes() == rounded_once(B * d * b[:, None], dtype).tobytes(), module
 
 
-def test_float16_is_balanced_for_each_layer_alone(tmp_path: Path) -> None:
+def test_float16_is_balanced_for_each_layer_separately(tmp_path: Path) -> None:
     first = "model.layers.0.mlp.up_proj"
     layers, found = written(tmp_path, 12, untrained=first, dtype="float16")
     balanced = {module for module, own in layers.items() if balancing_powers(own).any()}

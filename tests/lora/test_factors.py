@@ -1,4 +1,4 @@
-"""The formulas of a LoRA, held against dense matrices."""
+"""Compare the formulas of a LoRA with dense matrices."""
 
 from __future__ import annotations
 
@@ -41,13 +41,15 @@ def decomposed(layer: Factors) -> Decomposition:
 
 
 def truncated(layer: Factors, rank: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """lora_A and lora_B of the best delta of a rank."""
+    """Return lora_A and lora_B of the best approximation of a rank."""
     left, right = decomposed(layer).truncated(rank)
     return product(left, layer.A), layer.lora_B() @ right
 
 
 def truncation_error(values: NDArray[np.float64], rank: int) -> float:
-    """The relative Frobenius error of the best approximation of a rank, by the singular values."""
+    """Return the relative Frobenius error of the best approximation of a rank, by singular
+    values.
+    """
     total = float(np.linalg.norm(values))
     return float(np.linalg.norm(values[rank:])) / total if total else 0.0
 
@@ -85,7 +87,7 @@ def test_a_truncation_is_the_best_of_its_rank_and_its_error_is_known(
     assert len(lora_A) == rank
 
 
-def test_a_rank_of_the_smallest_side_is_exact() -> None:
+def test_a_rank_equal_to_the_smallest_side_is_exact() -> None:
     layer = factors(24, 10, 16)
     lora_A, lora_B = truncated(layer, 10)
     assert relative(lora_B @ lora_A, dense(layer)) < 1e-12
@@ -99,7 +101,7 @@ def test_zeros_in_d_and_b_do_not_spoil_a_decomposition() -> None:
     assert relative(lora_B @ lora_A, dense(layer)) < 1e-12
 
 
-def test_the_error_falls_as_the_rank_rises_and_the_smallest_rank_keeps_to_it() -> None:
+def test_a_higher_rank_has_a_smaller_error_and_the_smallest_rank_within_a_limit_is_found() -> None:
     values = decomposed(factors(30, 40, 50)).values
     errors = [truncation_error(values, rank) for rank in range(1, 31)]
     assert errors == sorted(errors, reverse=True)
@@ -120,7 +122,7 @@ def test_a_delta_of_zeros_has_rank_one_and_no_error() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
-def test_a_measured_error_is_that_of_the_dense_matrices(
+def test_a_measured_error_equals_the_error_of_dense_matrices(
     shape: tuple[int, int, int], dtype: str
 ) -> None:
     layer = factors(*shape)
@@ -134,7 +136,7 @@ def test_a_measured_error_is_that_of_the_dense_matrices(
     assert sampled == pytest.approx(expected, rel=0.01, abs=1e-12)
 
 
-def test_an_error_between_ranks_is_that_of_the_dense_matrices() -> None:
+def test_an_error_between_ranks_equals_the_error_of_dense_matrices() -> None:
     layer = factors(30, 40, 50)
     stored = truncated(layer, 7)
     expected = relative(stored[1] @ stored[0], dense(layer))
@@ -142,7 +144,7 @@ def test_an_error_between_ranks_is_that_of_the_dense_matrices() -> None:
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_an_error_against_nothing_is_infinite_and_of_nothing_is_none() -> None:
+def test_the_error_relative_to_a_delta_of_zeros_is_infinite_or_zero() -> None:
     layer = factors(4, 6, 8)
     nothing = Factors(layer.A, layer.B, np.zeros_like(layer.d), layer.b)
     assert relative_error(nothing, squared_norm(nothing), layer.A, layer.B) == float("inf")
@@ -171,8 +173,8 @@ def test_balancing_evens_out_norms_by_powers_of_two() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_singular_values_are_those_of_qr_and_svd(shape: tuple[int, int, int]) -> None:
-    """The eigenvalues of a small matrix of squares against factorizations without squares."""
+def test_singular_values_equal_those_of_qr_and_svd(shape: tuple[int, int, int]) -> None:
+    """Compare eigenvalues of a small matrix of squares with factorizations that square nothing."""
     layer = factors(*shape)
     layer.b[::3] *= 1e-3
     layer.d[::2] *= 1e-3
@@ -194,14 +196,14 @@ def test_bfloat16_is_rounded_once_to_the_nearest_ties_to_even(nudge: float, sign
     assert np.array_equal(rounded_once(sign * middle, "BF16").astype(np.float64), sign * nearest)
 
 
-def test_bfloat16_by_way_of_float32_would_go_the_wrong_way() -> None:
+def test_bfloat16_is_not_rounded_by_way_of_float32() -> None:
     value = np.array([1 + 2**-8 + 2**-40])
     assert value.astype(np.float32).astype(ml_dtypes.bfloat16) == 1
     assert rounded_once(value, "BF16") == 1 + 2**-7
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("F32", 1e39), ("F16", 7e4), ("BF16", 3.4e38)])
-def test_a_value_too_large_for_a_dtype_is_no_infinity(dtype: str, value: float) -> None:
+def test_a_value_too_large_for_a_dtype_is_refused(dtype: str, value: float) -> None:
     values = np.full((3, 400), 1.0)
     rounded_once(values, dtype)
     values[2, 7] = -value

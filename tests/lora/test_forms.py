@@ -1,4 +1,4 @@
-"""The forms of a LoRA for Diffusers, MLX-LM and llama.cpp: names, orientation, configs."""
+"""The LoRA formats of Diffusers, MLX-LM and llama.cpp: names, orientation, configs."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def test_a_mlx_lora_can_be_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["mlx", "gguf"])
-def test_gpt2_is_refused_where_weights_are_transposed(engine: str, tmp_path: Path) -> None:
+def test_gpt2_is_refused_for_engines_that_store_its_weights_transposed(
+    engine: str, tmp_path: Path
+) -> None:
     tensors: dict[str, Any] = dict.fromkeys(good_tensors())
     module = f"{PREFIX}transformer.h.0.attn.c_attn"
     tensors |= {n: t for n, t in good_tensors().items() if n.startswith("base_model.vera")}
@@ -102,7 +104,7 @@ def test_gpt2_is_refused_where_weights_are_transposed(engine: str, tmp_path: Pat
     assert "V712" in {finding.code for finding in caught.value.findings}
 
 
-def test_a_tied_head_is_refused_by_engines_that_have_none(tmp_path: Path) -> None:
+def test_a_tied_head_is_refused_for_engines_without_such_a_layer(tmp_path: Path) -> None:
     tensors: dict[str, Any] = dict.fromkeys(good_tensors())
     tensors |= {n: t for n, t in good_tensors().items() if n.startswith("base_model.vera")}
     tensors["base_model.vera_B"] = np.random.default_rng(1).random((32, RANK), np.float32)
@@ -119,14 +121,14 @@ def test_a_tied_head_is_refused_by_engines_that_have_none(tmp_path: Path) -> Non
 
 
 def component(folder: Path, kind: str | None) -> Path:
-    """A component with the layers of the good adapter."""
+    """Write a component of a pipeline that has the layers of the good adapter."""
     tiny_base(folder, config={"_class_name": kind} if kind else {"sample_size": 8})
     (folder / "model.safetensors").rename(folder / "diffusion_pytorch_model.safetensors")
     return folder
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "tgi", "mlx", "gguf"])
-def test_servers_of_text_models_take_no_component_of_a_pipeline(
+def test_a_component_of_a_pipeline_is_refused_for_servers_of_text_models(
     engine: str, tmp_path: Path
 ) -> None:
     adapter = good_adapter(tmp_path / "adapter", task_type=None)
@@ -157,7 +159,7 @@ def test_diffusers_finds_the_layers_under_the_component(
     assert verify(adapter, lora=tmp_path / "out").passed
 
 
-def test_the_place_in_a_pipeline_names_the_component(tmp_path: Path) -> None:
+def test_the_component_has_its_name_in_the_pipeline(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter", task_type=None)
     component(tmp_path / "pipe" / "transformer_2", "WanTransformer3DModel")
     index = {"_class_name": "P", "transformer_2": ["diffusers", "WanTransformer3DModel"]}
@@ -206,8 +208,8 @@ def test_the_class_of_the_pipeline_says_whether_clip_is_adapted(
         assert not [each for each in done.findings if each.code > "V7"]
 
 
-def test_a_pipeline_without_a_loader_is_told_before_writing(tmp_path: Path) -> None:
-    """Its load_lora_weights is missing, and the component's own method loads the LoRA."""
+def test_a_pipeline_without_a_loader_is_reported_before_writing(tmp_path: Path) -> None:
+    """The pipeline has no load_lora_weights; the component's own method loads the LoRA."""
     adapter = good_adapter(tmp_path / "adapter", task_type=None)
     pipe = tmp_path / "pipe"
     component(pipe / "transformer", "OvisImageTransformer2DModel")
@@ -249,7 +251,7 @@ def test_a_component_that_loads_no_lora_is_refused(tmp_path: Path) -> None:
         ("downloaded", "AutoencoderKL", "vae"),
     ],
 )
-def test_a_component_apart_is_loaded_under_its_own_name(
+def test_a_component_outside_a_pipeline_is_loaded_under_its_own_name(
     folder: str, kind: str, attribute: str, tmp_path: Path
 ) -> None:
     adapter = good_adapter(tmp_path / "adapter", task_type=None)
@@ -268,7 +270,7 @@ def test_a_controlnet_without_a_loader_is_refused(kind: str, tmp_path: Path) -> 
         converted(adapter, component(tmp_path / "c", kind), tmp_path / "out", engine="diffusers")
 
 
-def test_a_component_that_nothing_names_is_refused(tmp_path: Path) -> None:
+def test_a_component_without_a_name_is_refused(tmp_path: Path) -> None:
     """The message names the engines that take the LoRA, and each of these does."""
     adapter = good_adapter(tmp_path / "adapter")
     config = {"model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -294,7 +296,7 @@ def test_a_kind_of_base_that_an_engine_refuses_leads_to_the_other_engines(tmp_pa
 # --- llama.cpp -----------------------------------------------------------------------------------
 
 
-def test_an_architecture_that_is_not_known_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     base = tiny_base(tmp_path / "base", config={"model_type": "starcoder9"})
     with pytest.raises(CheckpointError, match=r"V713 .*its model_type is starcoder9"):
@@ -302,7 +304,7 @@ def test_an_architecture_that_is_not_known_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("last", "heads"), [("q_proj", 4), ("k_proj", 2)])
-def test_rows_of_q_and_k_go_to_the_places_of_the_rotated_pairs(last: str, heads: int) -> None:
+def test_rows_of_q_and_k_are_reordered_into_rotated_pairs(last: str, heads: int) -> None:
     model = GgufModel("llama", (4, 2), {})
     layer = LoraLayer("m", f"model.layers.0.self_attn.{last}", Linear(16, 8), None, None)  # type: ignore[arg-type]
     found = model.stored_B(layer, np.arange(16)[:, None])[:, 0].reshape(heads, -1)
@@ -314,7 +316,7 @@ def test_rows_of_q_and_k_go_to_the_places_of_the_rotated_pairs(last: str, heads:
 
 
 @pytest.mark.parametrize(("architecture", "last"), [("llama", "v_proj"), ("qwen2", "q_proj")])
-def test_other_rows_stay_where_they_are(architecture: str, last: str) -> None:
+def test_rows_of_other_layers_are_not_reordered(architecture: str, last: str) -> None:
     layer = LoraLayer("m", f"model.layers.0.self_attn.{last}", Linear(16, 8), None, None)  # type: ignore[arg-type]
     lora_B = np.arange(32).reshape(16, 2)
     assert np.array_equal(GgufModel(architecture, (4, 2), {}).stored_B(layer, lora_B), lora_B)

@@ -1,4 +1,4 @@
-"""An adapted output head: PEFT stores a copy of the base's weight, and engines have their own."""
+"""An adapted output head: PEFT stores a copy of the base's weight; engines use their own head."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME = {"mlx": "adapters.safetensors"}
 
 
 def on_the_head(folder: Path, copy: Any) -> Path:
-    """An adapter of q, v and the head, with the copy that PEFT stores."""
+    """Write an adapter of q, v and the head, with the copy that PEFT stores."""
     values = np.random.default_rng(1)
     rows = len(copy)
     tensors = {
@@ -37,7 +37,7 @@ def on_the_head(folder: Path, copy: Any) -> Path:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A base whose head has values."""
+    """Write a base whose head has random values."""
     config = {"model_type": "llama", "tie_word_embeddings": False}
     folder = tiny_base(tmp_path / "base", config=config)
     tensors = load_file(folder / "model.safetensors")
@@ -51,7 +51,7 @@ def head_of(base: Path) -> Any:
 
 
 def are_same(adapter: Path, lora: Path, base: Path) -> bool:
-    """The verdict on a LoRA, by the files alone."""
+    """Say whether `verify` passes a LoRA by the files alone."""
     return verify(adapter, lora=lora, base=base, options=VerifyOptions(layers_only=True)).passed
 
 
@@ -88,7 +88,7 @@ def test_peft_keeps_the_copy_and_no_bias_is_declared(base: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("rows", "reason"), [(32, "the stored values differ"), (36, "the vocabulary was resized")]
 )
-def test_an_engine_would_use_another_head_than_the_stored_one(
+def test_a_stored_head_that_the_engine_would_not_use_is_refused(
     rows: int, reason: str, base: Path, tmp_path: Path
 ) -> None:
     copy = np.resize(head_of(base), (rows, 16)) + np.float32(rows == 32)
@@ -98,7 +98,9 @@ def test_an_engine_would_use_another_head_than_the_stored_one(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_embedding_stored_whole_is_no_bias(base: Path, tmp_path: Path) -> None:
+def test_a_stored_embedding_is_refused_and_not_declared_as_a_bias(
+    base: Path, tmp_path: Path
+) -> None:
     rows = {f"{PREFIX}model.embed_tokens.weight": np.ones((32, 16), np.float32)}
     adapter = good_adapter(tmp_path / "adapter", tensors=rows)
     with pytest.raises(CheckpointError, match=r"V702 model\.embed_tokens: .*stores whole"):

@@ -1,4 +1,4 @@
-"""Adapters that twelve versions of PEFT wrote, and a trained one: the LoRA gives VeRA's outputs."""
+"""The LoRA of each adapter of twelve PEFT versions gives the outputs of the VeRA adapter."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_lora_of_an_adapter_gives_the_adapters_outputs(path: Path, tmp_path:
 
 
 @pytest.mark.parametrize("form", ["save_projection_true", "save_projection_false"])
-def test_the_lora_of_a_trained_adapter_gives_its_outputs(
+def test_the_lora_of_a_trained_adapter_gives_the_adapter_s_outputs(
     form: str, minilm: Path, minilm_model: Path, tmp_path: Path
 ) -> None:
     to_lora(minilm / form, tmp_path / "lora", base=minilm_model)

@@ -1,4 +1,4 @@
-"""LoRAs beside quantized bases: the sizes of layers come from the packed files."""
+"""LoRAs for quantized bases: the sizes of layers come from the packed files."""
 
 from __future__ import annotations
 

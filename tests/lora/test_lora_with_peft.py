@@ -1,4 +1,4 @@
-"""LoRAs in real models: PEFT gives the same outputs as for the VeRA adapter."""
+"""In real models, PEFT gives the same outputs for the LoRA and for the VeRA adapter."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_peft_gives_the_outputs_of_the_vera_adapter(
 
 
 @pytest.mark.parametrize("bias", ["vera_only", "all"])
-def test_trained_biases_go_along(bias: str, tmp_path: Path) -> None:
+def test_trained_biases_are_kept(bias: str, tmp_path: Path) -> None:
     name = "BertForSequenceClassification"
     base = saved(tmp_path / "base", name, "float32")
     adapter = trained(
@@ -95,7 +95,7 @@ def test_targets_of_any_form_adapt_the_same_layers(targets: Any, tmp_path: Path)
 
 
 def test_a_key_map_gives_the_names_of_the_given_base(tmp_path: Path) -> None:
-    """Another model's names lead PEFT to no layer: it would warn, and the LoRA have no effect."""
+    """With names of another model, PEFT would only warn, and the LoRA would have no effect."""
     name = "LlamaForCausalLM"
     base = saved(tmp_path / "base", name, "float32")
     adapter = trained(tmp_path / "vera", base, name, targets=["q_proj", "up_proj"], stored=True)
@@ -144,8 +144,8 @@ def test_a_rank_above_a_layers_outputs_is_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [46, 38])
-def test_a_resized_vocabulary_goes_along(rows: int, tmp_path: Path) -> None:
-    """PEFT stores a resized embedding although no field of the config names the embedding."""
+def test_a_resized_vocabulary_is_kept(rows: int, tmp_path: Path) -> None:
+    """PEFT stores a resized embedding, although no field of the config names the embedding."""
     name = "LlamaForCausalLM"
     base = saved(tmp_path / "base", name, "float32")
 
@@ -171,5 +171,5 @@ def test_a_resized_vocabulary_goes_along(rows: int, tmp_path: Path) -> None:
         assert torch.equal(vera[key], ours[key])
 
 
-def test_every_model_here_is_one_of_those_that_are_merged() -> None:
+def test_every_model_of_this_file_is_also_merged_by_other_tests() -> None:
     assert {name for name, _, _ in CASES} <= {*KINDS}

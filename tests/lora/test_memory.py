@@ -1,4 +1,4 @@
-"""The memory of a conversion to LoRA: a few factors, for any number of layers."""
+"""A conversion to LoRA holds a few factors in memory, for any number of layers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vera_convert.lora.options import LoraOptions
 
 HIDDEN, RANK = 512, 64
 FACTOR = HIDDEN * RANK * 4
-"""Bytes of a factor in float32."""
+"""The bytes of a factor in float32."""
 
 
 def written(folder: Path, layers: int) -> tuple[Path, Path]:
-    """An adapter and the config of its base, a Llama."""
+    """Write an adapter, and the config of its base, a Llama."""
     values = np.random.default_rng(0)
     tensors = {
         f"base_model.model.model.layers.{layer}.self_attn.{target}.vera_lambda_{kind}": (
@@ -57,7 +57,7 @@ def written(folder: Path, layers: int) -> tuple[Path, Path]:
 
 
 def peak(folder: Path, layers: int, options: LoraOptions) -> int:
-    """The most bytes that a conversion holds at a time."""
+    """Return the most bytes that a conversion holds at a time."""
     adapter, base = written(folder, layers)
     tracemalloc.start()
     try:
@@ -70,6 +70,6 @@ def peak(folder: Path, layers: int, options: LoraOptions) -> int:
 @pytest.mark.parametrize("rank", [None, 48], ids=["exact", "lower"])
 def test_memory_does_not_grow_with_the_number_of_layers(rank: int | None, tmp_path: Path) -> None:
     options = LoraOptions(rank=rank)
-    peak(tmp_path / "first", 1, options)  # imports and caches
+    peak(tmp_path / "first", 1, options)  # the first run also imports modules and fills caches
     few, many = (peak(tmp_path / str(layers), layers, options) for layers in (2, 22))
     assert many - few < 20 * 2 * FACTOR / 4

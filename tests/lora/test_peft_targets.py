@@ -1,4 +1,4 @@
-"""Layers that PEFT loads for VeRA and not for a LoRA: refused before anything is written."""
+"""Layers that PEFT loads for VeRA but not for LoRA are refused before any write."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXPERTS = [
 
 
 def pair_with(folder: Path, name: str, model_type: str) -> tuple[Path, Path]:
-    """An adapter and its base in which q_proj has another name."""
+    """Write an adapter and a base in which q_proj has another name."""
 
     def renamed(key: str) -> str:
         return key.replace("self_attn.q_proj", name)
@@ -49,7 +49,7 @@ def pair_with(folder: Path, name: str, model_type: str) -> tuple[Path, Path]:
         ("mlp.shared_experts.gate_proj", "mistral_large4", "V718"),
     ],
 )
-def test_a_layer_that_peft_does_not_load_is_refused_for_peft_alone(
+def test_a_layer_that_peft_does_not_load_is_refused_only_for_peft(
     name: str, model_type: str, code: str, tmp_path: Path
 ) -> None:
     adapter, base = pair_with(tmp_path, name, model_type)
@@ -63,7 +63,7 @@ def test_a_layer_that_peft_does_not_load_is_refused_for_peft_alone(
 @pytest.mark.parametrize(
     ("name", "model_type"),
     [
-        ("shared_expert.down_proj", "qwen2_moe"),  # PEFT's table leaves this type itself out
+        ("shared_expert.down_proj", "qwen2_moe"),  # PEFT's table has no row for this type itself
         ("router.gate", "mixtral"),
         ("mixer.in_proj", "falcon_mamba"),
         ("self_attn.out_proj", "llama"),
@@ -92,17 +92,17 @@ def test_experts_load_if_peft_can_fuse_them(adapted: list[str], lost: list[str])
     assert lost_to_experts(adapted, modules, "qwen2_moe") == []
 
 
-def test_the_names_that_peft_refuses_are_those_of_mamba_models() -> None:
+def test_peft_refuses_the_names_of_layers_of_mamba_models() -> None:
     modules = ["backbone.layers.0.mixer.out_proj", "backbone.layers.0.mixer.x_proj"]
     assert refused_in_mamba(modules, "mamba2") == modules[:1]
     assert refused_in_mamba(modules, "jamba") == []
 
 
-def test_the_tables_are_those_of_the_installed_peft() -> None:
+def test_the_tables_agree_with_the_installed_peft() -> None:
     conversion = pytest.importorskip(
         "peft.utils.transformers_weight_conversion", exc_type=ImportError
     )
     for pattern, last in (("mixtral", "w2"), ("qwen2_moe", "down_proj")):
         for kind, known in conversion._MODEL_TO_CONVERSION_PATTERN.items():
-            if known == pattern and kind.islower():  # the others are names of classes
+            if known == pattern and kind.islower():  # the other keys are names of classes
                 assert lost_to_experts([f"mlp.{last}"], [], kind), kind

@@ -1,4 +1,4 @@
-"""target_modules of a LoRA: names that match the converted modules and no other."""
+"""target_modules of a LoRA: names that match the converted modules and no other modules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NESTED = [
 
 
 def matched(names: list[str], modules: list[str]) -> set[str]:
-    """PEFT's rule for a list of names."""
+    """Return the modules that PEFT matches with a list of names."""
     return {
         module
         for module in modules
@@ -45,7 +45,7 @@ def test_the_config_s_own_list_is_kept_if_it_matches_no_other_module() -> None:
     )
 
 
-def test_a_list_that_matches_more_is_narrowed() -> None:
+def test_a_list_that_matches_other_modules_is_narrowed() -> None:
     wanted = [name for name in LLAMA if "q_proj" in name and ".3." in name]
     found, limits = names_for(wanted, LLAMA, target_modules=("q_proj",))
     assert found == ["layers.3.self_attn.q_proj"]
@@ -54,14 +54,14 @@ def test_a_list_that_matches_more_is_narrowed() -> None:
 
 
 @pytest.mark.parametrize("limit", [3, (0, 5)])
-def test_chosen_layers_stay_chosen(limit: object) -> None:
+def test_the_config_s_layers_to_transform_are_kept(limit: object) -> None:
     numbers = limit if isinstance(limit, tuple) else (limit,)
     wanted = [f"model.layers.{n}.self_attn.q_proj" for n in numbers]
     found = names_for(wanted, LLAMA, target_modules=("q_proj",), layers_to_transform=limit)
     assert found == (["q_proj"], True)
 
 
-def test_a_name_that_is_an_index_is_never_alone() -> None:
+def test_an_index_is_never_a_name_without_its_list() -> None:
     found, _ = names_for(["a.to_out.0", "b.to_out.0"], NESTED)
     assert found == ["to_out.0"]
 
@@ -84,7 +84,7 @@ def test_no_name_matches_a_module_of_several_layers() -> None:
     assert matched(found, [*modules, *containers]) == {*wanted}
 
 
-def test_own_names_that_match_no_other_module_stay() -> None:
+def test_names_of_the_config_that_match_no_other_module_are_kept() -> None:
     wanted = [name for name in LLAMA if "up_proj" in name or "layers.3.self_attn.v_proj" in name]
     found, _ = names_for(wanted, LLAMA, target_modules=("mlp.up_proj", "v_proj"))
     assert found == ["layers.3.self_attn.v_proj", "mlp.up_proj"]

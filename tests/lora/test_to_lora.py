@@ -1,4 +1,4 @@
-"""to-lora: the same delta as the adapter's, or a refusal before anything is written."""
+"""to-lora writes the same delta as the adapter's, or refuses before any write."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def delta(tensors: dict[str, NDArray[Any]], module: str, width: int) -> NDArray[np.float64]:
-    """The delta of VeRA, dense, in float64."""
+    """Return the dense delta of VeRA in float64."""
     b, d = (tensors[f"{PREFIX}{module}.vera_lambda_{which}"].astype(np.float64) for which in "bd")
     A, B = (tensors[f"base_model.vera_{which}"].astype(np.float64) for which in "AB")
     product: NDArray[np.float64] = np.diag(b) @ B[: len(b)] @ np.diag(d) @ A[:, :width]
@@ -55,7 +55,7 @@ def delta(tensors: dict[str, NDArray[Any]], module: str, width: int) -> NDArray[
 
 
 def product(folder: Path, module: str) -> NDArray[np.float64]:
-    """The delta of a LoRA with a scaling of 1."""
+    """Return the dense delta of a LoRA with a scaling of 1."""
     assert config_of(folder)["lora_alpha"] == config_of(folder)["r"]
     tensors = weights(folder)
     lora_A, lora_B = (
@@ -83,7 +83,7 @@ def errors(folder: Path, tensors: dict[str, NDArray[Any]]) -> list[float]:
 # --- exact ---------------------------------------------------------------------------------------
 
 
-def test_the_factors_are_those_of_the_formula_bit_for_bit(
+def test_the_factors_equal_the_formula_bit_by_bit(
     adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     converted(adapter, base, tmp_path / "out", check=True)
@@ -98,7 +98,7 @@ def test_the_factors_are_those_of_the_formula_bit_for_bit(
         assert lora_A.tobytes() == own["base_model.vera_A"][:, :HIDDEN].tobytes()
 
 
-def test_the_delta_is_the_adapters(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_the_delta_equals_the_adapter_s(adapter: Path, base: Path, tmp_path: Path) -> None:
     result = converted(adapter, base, tmp_path / "out")
     assert max(errors(tmp_path / "out", good_tensors())) < 1e-7
     assert result.measured.worst == pytest.approx(
@@ -106,9 +106,7 @@ def test_the_delta_is_the_adapters(adapter: Path, base: Path, tmp_path: Path) ->
     )
 
 
-def test_the_config_is_one_that_every_engine_reads(
-    adapter: Path, base: Path, tmp_path: Path
-) -> None:
+def test_every_engine_can_read_the_config(adapter: Path, base: Path, tmp_path: Path) -> None:
     converted(adapter, base, tmp_path / "out")
     config = config_of(tmp_path / "out")
     assert config["peft_type"] == "LORA"
@@ -184,7 +182,7 @@ def test_the_sizes_of_a_known_model_are_taken_from_its_config_alone(
     assert config_of(tmp_path / "out")["target_modules"] == ["q_proj", "v_proj"]
 
 
-def test_without_a_base_the_user_is_asked_for_it(adapter: Path, tmp_path: Path) -> None:
+def test_without_a_base_the_refusal_asks_for_the_base(adapter: Path, tmp_path: Path) -> None:
     missing = r"tiny-llama@main is not in the local cache .*\. Pass the base with --base\.$"
     with pytest.raises(SurroundingsError, match=missing):
         converted(adapter, None, tmp_path / "out")
@@ -198,7 +196,7 @@ def test_without_a_base_the_user_is_asked_for_it(adapter: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("bf16", 4e-3), ("float16", 6e-4)])
-def test_a_16_bit_lora_has_the_error_that_is_stated(
+def test_a_16_bit_lora_has_the_reported_error(
     dtype: str, limit: float, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     result = converted(adapter, base, tmp_path / "out", dtype=dtype)
@@ -218,7 +216,7 @@ def test_float16_is_balanced_so_that_a_small_b_keeps_its_digits(base: Path, tmp_
     assert "V711" not in {finding.code for finding in result.findings}
 
 
-def test_values_that_float16_rounds_to_zero_are_told(base: Path, tmp_path: Path) -> None:
+def test_values_that_float16_rounds_to_zero_are_reported(base: Path, tmp_path: Path) -> None:
     uneven = {n: t.copy() for n, t in good_tensors().items() if n.endswith("lambda_b")}
     for tensor in uneven.values():
         tensor[1:] *= 1e-9
@@ -242,14 +240,14 @@ def test_a_value_too_large_for_the_dtype_is_refused(base: Path, tmp_path: Path) 
 # --- a lower rank --------------------------------------------------------------------------------
 
 
-def test_a_lower_rank_is_the_best_one_and_its_errors_are_stated(
+def test_a_lower_rank_is_the_best_approximation_and_reports_its_errors(
     adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     result = converted(adapter, base, tmp_path / "out", rank=3)
     found = errors(tmp_path / "out", good_tensors())
     assert [result.measured.errors[m] for m in modules()] == pytest.approx(found, rel=1e-6)
     for name, tensor in weights(tmp_path / "out").items():
-        if name.endswith("lora_A.weight"):  # a singular vector has no sign of its own
+        if name.endswith("lora_A.weight"):  # the sign of a singular vector is arbitrary
             assert (tensor[range(3), np.abs(tensor).argmax(axis=1)] > 0).all()
     for module, error in zip(modules(), found, strict=True):
         values = np.linalg.svd(delta(good_tensors(), module, HIDDEN), compute_uv=False)
@@ -257,7 +255,7 @@ def test_a_lower_rank_is_the_best_one_and_its_errors_are_stated(
         assert error == pytest.approx(best, abs=1e-6)
 
 
-def test_a_layer_that_uses_few_rows_keeps_them_exactly(base: Path, tmp_path: Path) -> None:
+def test_a_layer_that_uses_few_rows_keeps_these_rows_exactly(base: Path, tmp_path: Path) -> None:
     tensors = good_tensors()
     tensors[f"{PREFIX}{Q}.vera_lambda_d"][[0, 2]] = 0
     adapter = good_adapter(tmp_path / "few", tensors=tensors)
@@ -271,7 +269,7 @@ def test_a_layer_that_uses_few_rows_keeps_them_exactly(base: Path, tmp_path: Pat
     assert not lora_A[2].any()
 
 
-def test_a_rank_of_the_adapters_or_more_is_the_exact_lora(
+def test_the_adapter_s_rank_or_a_higher_rank_gives_the_exact_lora(
     adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     converted(adapter, base, tmp_path / "exact")
@@ -284,7 +282,7 @@ def test_a_rank_of_the_adapters_or_more_is_the_exact_lora(
 
 
 @pytest.mark.parametrize("wanted", [0.0, 0.05, 0.3, 0.6])
-def test_max_error_is_kept_in_every_layer_by_the_smallest_rank(
+def test_max_error_holds_for_every_layer_with_the_smallest_rank(
     wanted: float, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     result = converted(adapter, base, tmp_path / "out", max_error=wanted, accept_error=True)
@@ -317,7 +315,7 @@ def test_the_table_has_every_engine() -> None:
 
 
 def high_rank(folder: Path, rank: int, **config: Any) -> Path:
-    """An adapter of a rank beyond every side of its layers."""
+    """Write an adapter with a higher rank than every side of its layers."""
     values = np.random.default_rng(3)
     tensors = good_tensors()
     for name in tensors:
@@ -328,9 +326,7 @@ def high_rank(folder: Path, rank: int, **config: Any) -> Path:
     return good_adapter(folder, tensors=tensors, r=rank, **config)
 
 
-def test_a_rank_above_both_sides_of_a_layer_is_no_reason_to_refuse(
-    base: Path, tmp_path: Path
-) -> None:
+def test_a_rank_above_both_sides_of_a_layer_is_converted(base: Path, tmp_path: Path) -> None:
     adapter = high_rank(tmp_path / "adapter", 24)
     converted(adapter, base, tmp_path / "out")
     assert max(errors(tmp_path / "out", weights(adapter))) < 1e-7
@@ -338,7 +334,7 @@ def test_a_rank_above_both_sides_of_a_layer_is_no_reason_to_refuse(
     assert max(errors(tmp_path / "cut", weights(adapter))) < 1e-6
 
 
-def test_a_rank_that_vllm_does_not_serve_is_refused_with_the_exact_way_out(
+def test_a_rank_that_vllm_does_not_serve_is_refused_with_an_exact_remedy(
     base: Path, tmp_path: Path
 ) -> None:
     adapter = high_rank(tmp_path / "adapter", 600)
@@ -350,7 +346,7 @@ def test_a_rank_that_vllm_does_not_serve_is_refused_with_the_exact_way_out(
     assert "--max-lora-rank 16 " in result.server_arguments
 
 
-def test_without_an_exact_way_out_the_highest_rank_and_its_error_are_offered(
+def test_without_an_exact_remedy_the_highest_rank_and_its_error_are_proposed(
     tmp_path: Path,
 ) -> None:
     side, rank, target = 640, 600, "model.layers.0.self_attn.q_proj"
@@ -374,11 +370,11 @@ def test_without_an_exact_way_out_the_highest_rank_and_its_error_are_offered(
 
 
 @pytest.mark.parametrize(("rank", "served"), [(4, 8), (8, 8), (40, 64), (257, 320), (512, 512)])
-def test_the_rank_to_start_vllm_with_is_one_that_vllm_allows(rank: int, served: int) -> None:
+def test_the_proposed_max_lora_rank_is_a_value_that_vllm_allows(rank: int, served: int) -> None:
     assert engines()[EngineName.VLLM].server_rank(rank) == served
 
 
-def test_tgi_is_slow_above_its_kernels_rank(base: Path, tmp_path: Path) -> None:
+def test_a_rank_above_the_fast_kernels_of_tgi_is_a_note(base: Path, tmp_path: Path) -> None:
     adapter = high_rank(tmp_path / "adapter", 160)
     result = converted(adapter, base, tmp_path / "out", engine="tgi")
     assert {finding.code for finding in result.findings} == {"V710"}
@@ -434,9 +430,7 @@ def with_head(folder: Path, head: str = "score", **more: NDArray[Any]) -> Path:
     return good_adapter(folder, tensors=tensors, modules_to_save=saved, task_type=None)
 
 
-def test_a_trained_head_goes_with_the_lora_for_peft_and_its_users_are_warned(
-    base: Path, tmp_path: Path
-) -> None:
+def test_a_trained_head_is_kept_for_peft_with_a_warning(base: Path, tmp_path: Path) -> None:
     bias = {"classifier.out_proj.bias": np.ones(3, np.float32)}
     adapter = with_head(tmp_path / "head", "classifier.dense", **bias)
     result = converted(adapter, base, tmp_path / "out")
@@ -486,7 +480,7 @@ def test_trained_biases_are_kept_for_peft_and_refused_by_servers(tmp_path: Path)
 # --- files ---------------------------------------------------------------------------------------
 
 
-def test_files_beside_the_adapter_are_carried_and_the_card_is_new(
+def test_other_files_of_the_adapter_are_copied_and_the_card_is_new(
     adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     (adapter / "README.md").write_text("of the VeRA adapter")
@@ -525,7 +519,7 @@ def test_the_command_of_the_card_names_repos_by_commit_and_subfolder() -> None:
 
 
 @pytest.mark.parametrize(("engine", "name"), [("vllm", WEIGHTS), ("mlx", "adapters.safetensors")])
-def test_the_card_names_the_file_and_the_library_of_the_form(
+def test_the_card_names_the_file_and_the_library_of_the_format(
     engine: str, name: str, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     converted(adapter, base, tmp_path / "out", engine=engine, rank=99, projections="file")
@@ -536,7 +530,7 @@ def test_the_card_names_the_file_and_the_library_of_the_form(
     assert "the same change of the weights as" in card
 
 
-def test_a_file_beside_the_adapter_counts_when_the_disk_is_too_small(
+def test_other_files_of_the_adapter_count_as_needed_space(
     adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (adapter / "notes.txt").write_bytes(bytes(1_000_000))
@@ -549,9 +543,7 @@ def test_a_file_beside_the_adapter_counts_when_the_disk_is_too_small(
     assert converted(adapter, base, tmp_path / "out").written
 
 
-def test_the_weights_say_what_they_were_made_from(
-    adapter: Path, base: Path, tmp_path: Path
-) -> None:
+def test_the_weights_record_the_adapter(adapter: Path, base: Path, tmp_path: Path) -> None:
     converted(adapter, base, tmp_path / "out", dtype="bfloat16")
     record = json.loads(metadata(tmp_path / "out")[RECORD_KEY])
     assert record["source"] == {"folder": "adapter"}
@@ -584,7 +576,9 @@ def test_a_dry_run_states_the_size_of_the_file(
     assert result.size == real.size == (tmp_path / "out" / name).stat().st_size
 
 
-def test_the_report_names_layers_as_the_file_does(run: Run, adapter: Path, tmp_path: Path) -> None:
+def test_the_report_uses_the_layer_names_of_the_file(
+    run: Run, adapter: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("gguf")
     base = tiny_base(tmp_path / "base", config=LLAMA)
     arguments = ("to-lora", adapter, tmp_path / "out", "--base", base, "--for")
@@ -597,7 +591,7 @@ def test_the_report_names_layers_as_the_file_does(run: Run, adapter: Path, tmp_p
     assert "named as in the base's files\n" in run(*arguments, "vllm", "--dry-run").out
 
 
-def test_a_gguf_that_came_back_otherwise_is_no_output(
+def test_a_gguf_that_reads_back_with_other_bytes_is_not_published(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gguf = pytest.importorskip("gguf")
@@ -610,7 +604,7 @@ def test_a_gguf_that_came_back_otherwise_is_no_output(
     assert not (tmp_path / "out").exists()
 
 
-def test_force_replaces_a_lora_of_this_command_alone(
+def test_force_replaces_only_a_lora_of_this_command(
     adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     converted(adapter, base, tmp_path / "out")
@@ -629,7 +623,7 @@ def test_force_replaces_a_lora_of_this_command_alone(
         converted(adapter, base, other, force=True)
 
 
-def test_a_chosen_layer_list_of_the_config_stays(base: Path, tmp_path: Path) -> None:
+def test_layers_to_transform_of_the_config_is_kept(base: Path, tmp_path: Path) -> None:
     first = {n: None for n in good_tensors() if "layers.0." in n}
     adapter = good_adapter(tmp_path / "half", tensors=first, layers_to_transform=[1])
     converted(adapter, base, tmp_path / "out")
@@ -656,7 +650,7 @@ def test_each_adapter_in_a_folder_becomes_a_lora_with_its_own_fields(
 
 
 @pytest.mark.parametrize("targets", [r".*\.(q|v)_proj", None], ids=["regex", "null"])
-def test_targets_that_are_no_list_become_the_shortest_one(
+def test_targets_that_are_no_list_become_the_shortest_list(
     targets: str | None, base: Path, tmp_path: Path
 ) -> None:
     adapter = good_adapter(tmp_path / "regex", target_modules=targets)
@@ -667,7 +661,7 @@ def test_targets_that_are_no_list_become_the_shortest_one(
 # --- the command ---------------------------------------------------------------------------------
 
 
-def test_the_command_reports_what_it_wrote(
+def test_the_command_reports_the_written_lora(
     run: Run, adapter: Path, base: Path, tmp_path: Path, schema_errors: Any
 ) -> None:
     ended = run("to-lora", adapter, tmp_path / "out", "--base", base, "--for", "vllm")
@@ -683,7 +677,7 @@ def test_the_command_reports_what_it_wrote(
     assert (document["rank"], document["exact"], document["dtype"]) == (3, False, "bfloat16")
 
 
-def test_a_base_that_is_not_found_is_told_as_by_merge(
+def test_a_base_that_is_not_found_is_reported_as_by_merge(
     run: Run, adapter: Path, tmp_path: Path
 ) -> None:
     ended = run("to-lora", adapter, tmp_path / "out", "--offline")

@@ -1,4 +1,4 @@
-"""The tutorial from training to serving: its code and commands run, and give what it says."""
+"""The code and the commands of the tutorial run, with the results that the tutorial states."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PAGE = (ROOT / "docs" / "tutorial-lora.md").read_text("utf-8")
 
 
 def blocks(kind: str) -> list[str]:
-    """The code blocks of a kind in the tutorial."""
+    """Return the code blocks of a language in the tutorial."""
     return re.findall(rf"^```{kind}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
 def start_of(engine: str, text: str) -> str:
-    """The one command in a text that starts an engine."""
+    """Return the only command in a text that starts an engine."""
     (line,) = re.findall(rf"^{engine} .*$", text, re.MULTILINE)
     return str(line)
 

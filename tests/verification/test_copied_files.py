@@ -1,4 +1,4 @@
-"""The files beside merged weights, compared with the files that the merge copies."""
+"""Compare the other files of a merged model with the files that the merge copies."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_other_bytes_and_missing_files_are_errors(
     assert codes(tmp_path, base) == [("V625", f"{name} is missing.")]
 
 
-def test_a_file_in_a_folder_counts_and_a_license_does_not(
+def test_a_file_in_a_subfolder_is_compared_and_a_license_is_not(
     tmp_path: Path, base: Path, merged: Path
 ) -> None:
     (merged / "LICENSE").unlink()
@@ -56,7 +56,7 @@ def test_a_file_in_a_folder_counts_and_a_license_does_not(
     assert codes(tmp_path, base) == [("V625", "1_Pooling/config.json has other bytes.")]
 
 
-def test_the_tokenizer_of_the_adapter_replaces_that_of_the_base(tmp_path: Path, base: Path) -> None:
+def test_the_tokenizer_of_the_adapter_replaces_the_base_s(tmp_path: Path, base: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     (adapter / "tokenizer.json").write_text('{"of": "adapter"}')
     merge(adapter, tmp_path / "merged", base=str(base))

@@ -1,4 +1,4 @@
-"""The causes that `verify` names for a wrong merge: right ones, and none that is not the cause."""
+"""`verify` names the right cause of a wrong merge, and no other cause."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ F32 = np.dtype(np.float32)
 
 
 class Operands(NamedTuple):
-    """What the delta of the one adapted layer is made of."""
+    """The operands of the delta of the only adapted layer."""
 
     A: Array
     B: Array
@@ -48,7 +48,7 @@ def operands(*, key: int = 7, seed: int = 0, size: float = 0.3) -> Operands:
 
 
 def one_layer(folder: Path, made: Operands, **config: Any) -> Path:
-    """Write an adapter of one layer."""
+    """Write an adapter of a single layer."""
     stored: dict[str, Any] = dict.fromkeys(good_tensors())
     stored |= {"base_model.vera_A": made.A, "base_model.vera_B": made.B}
     stored |= {
@@ -63,8 +63,8 @@ def base_of(folder: Path, dtype: str = "float32") -> Path:
     return filled_base(folder, tensors={f"{Q}.weight": (OUTPUTS, INPUTS)}, dtype=dtype)
 
 
-def said(tmp_path: Path, dtype: str, made: Operands, merge: Callable[[Array], Array]) -> str:
-    """Return the reason of a merge of one layer that was done otherwise."""
+def reason_of(tmp_path: Path, dtype: str, made: Operands, merge: Callable[[Array], Array]) -> str:
+    """Merge a layer in another way, and return the reason that `verify` gives."""
     adapter = one_layer(tmp_path / "adapter", made)
     base = base_of(tmp_path / "base", dtype)
     merged_with(adapter, base, tmp_path / "out")
@@ -84,9 +84,11 @@ def through(values: Array, narrow: np.dtype[Any]) -> Array:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("factor", [1.001, 0.999, 1.01, 0.5, -0.5, 3.0])
-def test_a_factor_is_named_however_near_to_one(tmp_path: Path, dtype: str, factor: float) -> None:
+def test_a_factor_very_near_to_one_is_named(tmp_path: Path, dtype: str, factor: float) -> None:
     made = operands(size=1.0)
-    reason = said(tmp_path, dtype, made, lambda w: w.astype(F32) + F32.type(factor) * made.delta())
+    reason = reason_of(
+        tmp_path, dtype, made, lambda w: w.astype(F32) + F32.type(factor) * made.delta()
+    )
     assert "rounded" not in reason
     found = float(reason.partition("The delta was added ")[2].partition(" times.")[0])
     assert abs(found - factor) < max(3e-4, 0.01 * abs(factor - 1))
@@ -94,14 +96,16 @@ def test_a_factor_is_named_however_near_to_one(tmp_path: Path, dtype: str, facto
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_factor_that_rounding_hides_is_called_nothing_else(tmp_path: Path, dtype: str) -> None:
+def test_a_factor_that_rounding_hides_gets_no_wrong_cause(tmp_path: Path, dtype: str) -> None:
     made = operands(size=0.2)
-    reason = said(tmp_path, dtype, made, lambda w: w.astype(F32) + F32.type(1.0003) * made.delta())
+    reason = reason_of(
+        tmp_path, dtype, made, lambda w: w.astype(F32) + F32.type(1.0003) * made.delta()
+    )
     assert reason.count(". ") <= 1 or "The delta was added 1.000" in reason
     assert "rounded" not in reason
 
 
-def test_values_that_are_damaged_are_no_factor(tmp_path: Path) -> None:
+def test_damaged_values_are_not_called_a_factor(tmp_path: Path) -> None:
     made = operands()
 
     def damaged(weight: Array) -> Array:
@@ -109,7 +113,7 @@ def test_values_that_are_damaged_are_no_factor(tmp_path: Path) -> None:
         total[5, :40] += 0.3 * made.delta()[5, :40]
         return total
 
-    reason = said(tmp_path, "float32", made, damaged)
+    reason = reason_of(tmp_path, "float32", made, damaged)
     assert "times" not in reason
     assert "rounded" not in reason
 
@@ -122,17 +126,21 @@ def test_values_that_are_damaged_are_no_factor(tmp_path: Path) -> None:
 def test_a_delta_that_was_rounded_is_named(tmp_path: Path, dtype: str, size: float) -> None:
     made = operands(size=size)
     narrow = NARROW.get(dtype, NARROW["bfloat16"])
-    reason = said(tmp_path, dtype, made, lambda w: w.astype(F32) + through(made.delta(), narrow))
+    reason = reason_of(
+        tmp_path, dtype, made, lambda w: w.astype(F32) + through(made.delta(), narrow)
+    )
     name = dtype if dtype in NARROW else "bfloat16"
     assert f"The delta was rounded to {name} before it was added" in reason
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_vectors_that_were_rounded_are_named(tmp_path: Path, dtype: str) -> None:
-    """With autocast_adapter_dtype=False, PEFT holds everything in 16 bits."""
+    """With autocast_adapter_dtype=False, PEFT holds all vectors in 16 bits."""
     made, narrow = operands(size=0.6), NARROW[dtype]
     coarse = Operands(*(through(each, narrow) for each in made))
-    reason = said(tmp_path, dtype, made, lambda w: w.astype(F32) + through(coarse.delta(), narrow))
+    reason = reason_of(
+        tmp_path, dtype, made, lambda w: w.astype(F32) + through(coarse.delta(), narrow)
+    )
     assert f"The vectors, A and B were rounded to {dtype}, and the delta too" in reason
     assert "autocast_adapter_dtype=False" in reason
 
@@ -142,11 +150,11 @@ def test_a_delta_that_was_computed_in_16_bits_is_named(tmp_path: Path) -> None:
     A, B, d, b = (through(each, narrow) for each in made)
     left, right = through(b[:, None] * B, narrow), through(d[:, None] * A, narrow)
     delta = through(left @ right, narrow)
-    reason = said(tmp_path, "bfloat16", made, lambda w: w.astype(F32) + delta)
+    reason = reason_of(tmp_path, "bfloat16", made, lambda w: w.astype(F32) + delta)
     assert "computed in bfloat16 throughout, as PEFT 0.11 does" in reason
 
 
-def test_a_base_in_a_wider_dtype_is_not_called_rounding_on_the_way(tmp_path: Path) -> None:
+def test_a_base_in_a_wider_dtype_is_not_called_an_intermediate_rounding(tmp_path: Path) -> None:
     made = operands()
     adapter = one_layer(tmp_path / "adapter", made)
     wide = base_of(tmp_path / "wide")
@@ -162,7 +170,7 @@ def test_a_base_in_a_wider_dtype_is_not_called_rounding_on_the_way(tmp_path: Pat
         assert "on the way" not in reason
 
 
-def test_adapters_whose_sum_was_rounded_after_each_are_named(tmp_path: Path) -> None:
+def test_a_sum_that_was_rounded_after_each_adapter_is_named(tmp_path: Path) -> None:
     one, two = operands(size=0.5), operands(size=0.5, seed=1)
     first, second = one_layer(tmp_path / "one", one), one_layer(tmp_path / "two", two)
     base = base_of(tmp_path / "base", "bfloat16")
@@ -180,17 +188,15 @@ def test_adapters_whose_sum_was_rounded_after_each_are_named(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("key", [7, 8])
-def test_an_adapter_that_was_merged_too_and_is_not_given_is_named(
-    tmp_path: Path, key: int, dtype: str
-) -> None:
+def test_a_merged_adapter_that_was_not_given_is_named(tmp_path: Path, key: int, dtype: str) -> None:
     one, two = operands(size=1.0), operands(key=key, seed=1, size=1.0)
-    reason = said(tmp_path, dtype, one, lambda w: w.astype(F32) + one.delta() + two.delta())
+    reason = reason_of(tmp_path, dtype, one, lambda w: w.astype(F32) + one.delta() + two.delta())
     assert "another adapter was merged too" in reason
     assert "--add" in reason
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_other_vectors_and_other_matrices_are_told_apart(tmp_path: Path, dtype: str) -> None:
+def test_other_vectors_and_other_matrices_are_distinguished(tmp_path: Path, dtype: str) -> None:
     made = operands(size=1.0)
     for key, words in ((7, "the same A and B but other vectors"), (8, "Another matrix was added")):
         other = operands(key=key, seed=1, size=1.0).delta()
@@ -198,7 +204,7 @@ def test_other_vectors_and_other_matrices_are_told_apart(tmp_path: Path, dtype: 
         def added(weight: Array, other: Array = other) -> Array:
             return weight.astype(F32) + other
 
-        reason = said(tmp_path / str(key), dtype, made, added)
+        reason = reason_of(tmp_path / str(key), dtype, made, added)
         assert words in reason
         assert "--add" not in reason
 
@@ -229,8 +235,10 @@ def test_one_cause_of_many_layers_is_printed_once(tmp_path: Path) -> None:
 # --- other A and B -------------------------------------------------------------------------------
 
 
-def test_a_merge_with_the_other_a_and_b_is_named(tmp_path: Path) -> None:
-    """PEFT 0.11 to 0.20 merges A and B of the key, rounded to the base; 0.21 the stored ones."""
+def test_a_merge_with_a_and_b_of_the_other_source_is_named(tmp_path: Path) -> None:
+    """PEFT 0.11 to 0.20 merge A and B of the key, rounded to the base; 0.21 merges the stored A and
+    B.
+    """
     adapter = good_adapter(tmp_path / "adapter")
     base = filled_base(tmp_path / "base", dtype="bfloat16")
     for merged, verified in (
@@ -247,7 +255,7 @@ def test_a_merge_with_the_other_a_and_b_is_named(tmp_path: Path) -> None:
         assert layers(adapter, base, out, projections=merged).passed
 
 
-def test_the_dtype_that_drawn_a_and_b_were_rounded_to_is_named(tmp_path: Path) -> None:
+def test_the_dtype_of_rounded_a_and_b_is_named(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter", stripped=True)
     base = filled_base(tmp_path / "base")
     merged_with(adapter, base, tmp_path / "out", base_dtype="bfloat16")
@@ -256,7 +264,7 @@ def test_the_dtype_that_drawn_a_and_b_were_rounded_to_is_named(tmp_path: Path) -
     assert "verify with --projections key --base-dtype bfloat16." in result.errors[0].reason
 
 
-def test_a_merge_that_no_a_and_b_explain_keeps_its_cause(tmp_path: Path) -> None:
+def test_a_merge_that_other_a_and_b_do_not_explain_keeps_its_cause(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     base = filled_base(tmp_path / "base", dtype="bfloat16")
     merged_with(adapter, base, tmp_path / "out", weight=0.5)
@@ -272,6 +280,6 @@ def test_a_weight_other_than_the_recorded_one_is_named(weight: float, tmp_path: 
     base = filled_base(tmp_path / "base", dtype="bfloat16")
     merged_with(adapter, base, tmp_path / "out")
     result = layers(adapter, base, tmp_path / "out", weight=weight)
-    said = "right with the options that merge-provenance.json records: leave out "
+    reason_of = "right with the options that merge-provenance.json records: leave out "
     assert [finding.code for finding in result.errors] == ["V601"] * 4
     assert all(f"{said}--weight." in finding.reason for finding in result.errors)

@@ -1,4 +1,4 @@
-"""What a loader would make of a merged model beside its tensors, and tensors saved otherwise."""
+"""How loaders read the other files of a merged model, and tensors that were saved differently."""
 
 from __future__ import annotations
 
@@ -56,23 +56,21 @@ def reasons(result: Verification, code: str) -> list[str]:
 
 
 def put_fields(folder: Path, **fields: Any) -> None:
-    """Set fields of a model's config; None takes one out."""
+    """Set fields of a model's config; None removes the field."""
     path = folder / "config.json"
     document = {**json.loads(path.read_bytes()), **fields}
     path.write_text(json.dumps({n: value for n, value in document.items() if value is not None}))
 
 
 def as_peft(model: Path) -> None:
-    """Make it a model that this package did not write."""
+    """Remove the traces of this package from a model."""
     (model / PROVENANCE).unlink()
 
 
 # --- files ---------------------------------------------------------------------------------------
 
 
-def test_a_file_that_a_loader_takes_before_the_shards_is_found(
-    tmp_path: Path, adapter: Path
-) -> None:
+def test_a_file_that_a_loader_prefers_to_the_shards_is_found(tmp_path: Path, adapter: Path) -> None:
     base = filled_base(tmp_path / "base", shards=2)
     out = tmp_path / "out"
     merged_with(adapter, base, out)
@@ -83,9 +81,7 @@ def test_a_file_that_a_loader_takes_before_the_shards_is_found(
     assert f"reads model.safetensors instead of {INDEX}" in str(result.findings[0])
 
 
-def test_a_stray_file_is_warned_of_though_its_name_ends_as_one_that_a_loader_takes(
-    tmp_path: Path, adapter: Path
-) -> None:
+def test_a_further_weight_file_is_a_warning(tmp_path: Path, adapter: Path) -> None:
     base = filled_base(tmp_path / "base", shards=2)
     out = tmp_path / "out"
     merged_with(adapter, base, out)
@@ -114,7 +110,7 @@ def test_an_adapter_in_the_folder_is_found(adapter: Path, base: Path, model: Pat
         assert codes(result) == ["V613" if name.endswith("json") else "V631"]
 
 
-def test_weights_in_another_form_are_warned_of(adapter: Path, base: Path, model: Path) -> None:
+def test_weights_in_another_format_are_a_warning(adapter: Path, base: Path, model: Path) -> None:
     (model / "pytorch_model.bin").write_bytes(b"never read")
     result = layers(adapter, base, model)
     assert (result.passed, codes(result)) == (True, ["V631"])
@@ -170,14 +166,16 @@ def test_the_fields_are_named(adapter: Path, base: Path, model: Path) -> None:
     assert reasons(result, "V616") == ["use_cache differ."]
 
 
-def test_a_config_that_is_missing_is_said_to_be(adapter: Path, base: Path, model: Path) -> None:
+def test_a_missing_config_is_reported(adapter: Path, base: Path, model: Path) -> None:
     (model / "config.json").unlink()
     result = layers(adapter, base, model)
     assert "V615" in codes(result)
     assert "no loader knows" in reasons(result, "V615")[0]
 
 
-def test_a_tie_of_which_the_base_says_nothing(adapter: Path, base: Path, model: Path) -> None:
+def test_a_tie_that_the_base_s_config_does_not_state_must_fit_the_tensors(
+    adapter: Path, base: Path, model: Path
+) -> None:
     put_fields(model, tie_word_embeddings=True)
     assert codes(layers(adapter, base, model)) == ["V606"]
     embedding = tensors_of(base)["model.embed_tokens.weight"]
@@ -186,10 +184,10 @@ def test_a_tie_of_which_the_base_says_nothing(adapter: Path, base: Path, model: 
     assert "V606" not in codes(layers(adapter, base, model))
 
 
-# --- tensors that were saved otherwise -----------------------------------------------------------
+# --- tensors that were saved differently ---------------------------------------------------------
 
 
-def test_buffers_that_models_make_themselves_may_come_and_go(
+def test_buffers_that_models_compute_may_be_added_or_missing(
     adapter: Path, base: Path, model: Path
 ) -> None:
     ids = np.arange(16)[None]
@@ -217,7 +215,7 @@ def test_buffers_that_models_make_themselves_may_come_and_go(
         ("model.norm.weight", "F32", (8,), False),
     ],
 )
-def test_which_tensors_are_buffers(
+def test_buffers_are_recognized_by_name_dtype_and_shape(
     name: str, dtype: str, shape: tuple[int, ...], *, expected: bool
 ) -> None:
     assert is_buffer(name, dtype, shape) is expected
@@ -252,7 +250,7 @@ def test_a_wider_dtype_is_right_with_the_same_values_or_the_sum(
     right = tensors_of(out)[f"{Q}.weight"]
     edit(out, {f"{Q}.weight": save(adapter, base, right), "model.norm.weight": norm})
     result = layers(adapter, base, out)
-    assert codes(result) == ["V605"] * 2  # of what the merge recorded nothing is wider
+    assert codes(result) == ["V605"] * 2  # the merge recorded no wider dtype
     as_peft(out)
     result = layers(adapter, base, out)
     assert found in codes(result)
@@ -280,7 +278,7 @@ def test_a_base_that_was_rounded_first_is_named(tmp_path: Path, adapter: Path, b
 
 
 @pytest.mark.parametrize("factor", [1.001, 0.99])
-def test_nothing_is_said_that_is_not_certain(
+def test_an_uncertain_cause_is_not_reported(
     factor: float, adapter: Path, base: Path, model: Path
 ) -> None:
     weight = tensors_of(base)[f"{Q}.weight"]
@@ -289,7 +287,9 @@ def test_nothing_is_said_that_is_not_certain(
     assert "on the way" not in reason
 
 
-def test_one_flipped_bit_was_not_rounded_on_the_way(tmp_path: Path, adapter: Path) -> None:
+def test_a_flipped_bit_is_not_called_an_intermediate_rounding(
+    tmp_path: Path, adapter: Path
+) -> None:
     base = filled_base(tmp_path / "base", dtype="bfloat16")
     out = tmp_path / "out"
     merged_with(adapter, base, out)
@@ -304,7 +304,7 @@ def test_one_flipped_bit_was_not_rounded_on_the_way(tmp_path: Path, adapter: Pat
 # --- options and inputs --------------------------------------------------------------------------
 
 
-def test_what_a_merge_says_of_its_inputs_is_said_again(
+def test_verify_repeats_the_findings_of_the_merge(
     tmp_path: Path, base: Path, adapter: Path
 ) -> None:
     more = good_adapter(tmp_path / "more", target_modules=["q_proj", "v_proj", "k_proj"])
@@ -315,7 +315,7 @@ def test_what_a_merge_says_of_its_inputs_is_said_again(
     assert adapter.is_dir()
 
 
-def test_where_options_come_from_is_told(tmp_path: Path, adapter: Path, base: Path) -> None:
+def test_the_source_of_each_option_is_reported(tmp_path: Path, adapter: Path, base: Path) -> None:
     out = tmp_path / "out"
     merged_with(adapter, base, out, dtype="float16", weight=0.5)
     text = verification_text(layers(adapter, base, out))
@@ -324,14 +324,14 @@ def test_where_options_come_from_is_told(tmp_path: Path, adapter: Path, base: Pa
     assert "weight 0.5 (given); dtype float16 (recorded by the merge)" in text
 
 
-def test_options_that_would_be_passed_over_are_refused(adapter: Path, model: Path) -> None:
+def test_options_that_would_be_ignored_are_refused(adapter: Path, model: Path) -> None:
     with pytest.raises(UsageError, match=r"^samples: layers_only runs no model"):
         verify(adapter, merged=model, options=VerifyOptions(layers_only=True, samples=3))
     with pytest.raises(UsageError, match=r"^layers_only, jobs: only for a merged model"):
         verify(adapter, other=adapter, options=VerifyOptions(layers_only=True, jobs=1))
 
 
-def test_other_widths_of_a_need_the_base(tmp_path: Path, adapter: Path) -> None:
+def test_forms_with_another_width_of_a_need_the_base(tmp_path: Path, adapter: Path) -> None:
     name = "base_model.vera_A"
     narrow = np.ascontiguousarray(good_tensors()[name][:, :8])
     other = good_adapter(tmp_path / "other", tensors={name: narrow}, task_type="CAUSAL_LM")
@@ -342,7 +342,9 @@ def test_other_widths_of_a_need_the_base(tmp_path: Path, adapter: Path) -> None:
         assert "are (4, 16) and (16, 4) in" in reasons(verify(adapter, other=other), "V623")[0]
 
 
-def test_other_things_are_listed_with_what_is_wrong(adapter: Path, base: Path, model: Path) -> None:
+def test_errors_of_files_and_config_are_listed_with_wrong_tensors(
+    adapter: Path, base: Path, model: Path
+) -> None:
     edit(model, {f"{Q}.weight": None, f"{V}.weight": 0 * tensors_of(base)[f"{V}.weight"]})
     put_fields(model, hidden_act="relu")
     text = verification_text(layers(adapter, base, model))

@@ -1,4 +1,6 @@
-"""The process that runs models: whatever becomes of it, the parent says so and cleans up."""
+"""The process that runs models: the parent reports each end of the process and removes all
+files.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ SHORT = Limits(times=dict.fromkeys(Stage, Limit(0.2)) | {Stage.START: Limit(60)}
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary files are made; a child of the tests takes the place of the real one."""
+    """Run a stand-in for the child process, with temporary files in this folder."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -77,12 +79,12 @@ def test_a_child_that_fails_dies_or_hangs_is_a_clear_error(
     assert not is_alive(tmp_path)
 
 
-def test_a_call_at_fault_is_told_as_such(tmp_path: Path) -> None:
+def test_a_wrong_option_is_reported_as_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^Leave --text out\.$"):
         run_models(job(tmp_path, "usage"))
 
 
-def test_limits_grow_with_the_weights(tmp_path: Path) -> None:
+def test_time_limits_grow_with_the_weights(tmp_path: Path) -> None:
     times = dict.fromkeys(Stage, Limit(0.1, 0.2)) | {Stage.START: Limit(60)}
     with pytest.raises(SurroundingsError, match="longer than 1 s"):
         run_models(job(tmp_path, "sleep", 4 << 30), limits=Limits(times=times))

@@ -1,4 +1,4 @@
-"""What holds passes, what is wrong is found and named, and no file is trusted."""
+"""`verify` passes right results, names each wrong result, and trusts no file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def model(tmp_path: Path, adapter: Path, base: Path) -> Path:
 
 
 def kinds(result: Verification) -> dict[str, str]:
-    """What was done to each tensor that is not the base's own."""
+    """Return the kind of each tensor that differs from the base's."""
     assert result.merged is not None
     checks = result.merged.tensors.checks
     return {check.name: str(check.kind) for check in checks if check.kind != "same"}
@@ -63,7 +63,7 @@ def kinds(result: Verification) -> dict[str, str]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_merge_holds(tmp_path: Path, adapter: Path, dtype: str, shards: int) -> None:
+def test_a_merge_passes(tmp_path: Path, adapter: Path, dtype: str, shards: int) -> None:
     base = filled_base(tmp_path / "base", dtype=dtype, shards=shards)
     merged_with(adapter, base, tmp_path / "out")
     result = layers(adapter, base, tmp_path / "out")
@@ -77,7 +77,7 @@ def test_a_merge_holds(tmp_path: Path, adapter: Path, dtype: str, shards: int) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_merge_into_another_dtype_holds(tmp_path: Path, adapter: Path, dtype: str) -> None:
+def test_a_merge_into_another_dtype_passes(tmp_path: Path, adapter: Path, dtype: str) -> None:
     base = filled_base(tmp_path / "base", dtypes={"q_proj": "bfloat16", "norm": "float64"})
     merged_with(adapter, base, tmp_path / "out", dtype=dtype)
     result = layers(adapter, base, tmp_path / "out")
@@ -85,7 +85,7 @@ def test_a_merge_into_another_dtype_holds(tmp_path: Path, adapter: Path, dtype: 
     assert {*kinds(result).values()} == {"added", "converted"}
 
 
-def test_several_adapters_with_weights_hold_in_any_order(
+def test_several_adapters_with_weights_pass_in_any_order(
     tmp_path: Path, adapter: Path, base: Path
 ) -> None:
     values = np.random.default_rng(5)
@@ -121,7 +121,7 @@ def test_one_adapter_can_be_merged_with_two_weights(
     "name", ["gpt2_fp32_proj", "bert_cls_fp32_proj", "llama_bf16_proj", "llama_bf16_noproj"]
 )
 @pytest.mark.parametrize("projections", [ProjectionSource.AUTO, ProjectionSource.KEY])
-def test_merges_of_what_peft_wrote_hold(
+def test_merges_of_adapters_of_peft_pass(
     tmp_path: Path, version: str, name: str, projections: ProjectionSource
 ) -> None:
     adapter = FIXTURES / version / name
@@ -132,7 +132,7 @@ def test_merges_of_what_peft_wrote_hold(
 
 @pytest.mark.parametrize("tied", Tied)
 @pytest.mark.parametrize("beside", [False, True])
-def test_a_tied_head_holds(tmp_path: Path, tied: Tied, *, beside: bool) -> None:
+def test_a_tied_head_passes(tmp_path: Path, tied: Tied, *, beside: bool) -> None:
     adapter = on_the_head(tmp_path / "a")
     stored = {} if beside else {"lm_head.weight": None}
     base = filled_base(tmp_path / "base", tensors=stored, config=TIED, shards=2)
@@ -144,7 +144,7 @@ def test_a_tied_head_holds(tmp_path: Path, tied: Tied, *, beside: bool) -> None:
     assert touched.get("lm_head.weight") == ("added" if beside or tied is Tied.UNTIE else None)
 
 
-def test_heads_of_an_adapter_hold(tmp_path: Path) -> None:
+def test_heads_of_an_adapter_pass(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "a", tensors=head(0.3), modules_to_save=["score"])
     base = filled_base(tmp_path / "base", tensors=HEAD, dtypes={"score": "bfloat16"})
     merged_with(adapter, base, tmp_path / "out")
@@ -158,15 +158,15 @@ def test_heads_of_an_adapter_hold(tmp_path: Path) -> None:
     without = filled_base(tmp_path / "without")
     merged_with(adapter, without, tmp_path / "new")
     result = layers(adapter, without, tmp_path / "new")
-    assert (result.passed, codes(result)) == (True, ["V533"])  # as the merge said
+    assert (result.passed, codes(result)) == (True, ["V533"])  # the merge gave the same warning
     assert kinds(result)["score.weight"] == "new"
 
 
-def test_a_dequantized_merge_holds(tmp_path: Path, adapter: Path) -> None:
+def test_a_dequantized_merge_passes(tmp_path: Path, adapter: Path) -> None:
     fp8_base(tmp_path / "base")
     merged_with(adapter, tmp_path / "base", tmp_path / "out", dequantize=True)
     result = layers(adapter, tmp_path / "base", tmp_path / "out")
-    assert (result.passed, codes(result)) == (True, ["V555"])  # a note, as the merge had it
+    assert (result.passed, codes(result)) == (True, ["V555"])  # the merge gave the same note
     assert {*kinds(result).values()} == {"added", "converted"}
     with pytest.raises(CheckpointError, match="V550"):
         layers(adapter, tmp_path / "base", tmp_path / "out", dequantize=False)
@@ -183,7 +183,7 @@ def test_a_key_map_is_taken_from_the_provenance(tmp_path: Path, adapter: Path) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
-def test_a_merge_on_another_device_holds(tmp_path: Path, adapter: Path, dtype: str) -> None:
+def test_a_merge_on_another_device_passes(tmp_path: Path, adapter: Path, dtype: str) -> None:
     torch = pytest.importorskip("torch")
     from vera_convert.with_torch.compute import on_device
 
@@ -192,7 +192,7 @@ def test_a_merge_on_another_device_holds(tmp_path: Path, adapter: Path, dtype: s
     assert codes(layers(adapter, base, tmp_path / "out")) == []
 
 
-def test_the_order_of_a_sum_is_free_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_order_of_a_sum_is_free(tmp_path: Path) -> None:
     values = np.random.default_rng(3)
     sizes: dict[str, Any] = {"model.layers.0.self_attn.q_proj.weight": (128, 256)}
     shapes: dict[str, Any] = {"base_model.vera_A": (64, 256), "base_model.vera_B": (128, 64)}
@@ -293,7 +293,7 @@ def test_a_wrong_conv1d_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
-def test_what_no_adapter_touches_is_the_base_s(
+def test_tensors_without_an_adapted_layer_equal_the_base_s(
     name: str, adapter: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pairs, "_BLOCK_BYTES", 16)
@@ -309,7 +309,7 @@ def test_what_no_adapter_touches_is_the_base_s(
     )
 
 
-def test_small_tensors_are_compared_in_runs_and_each_is_judged(
+def test_small_tensors_are_read_together_and_compared_separately(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = {f"model.experts.{n:02}.weight": (n % 5 + 1, 3) for n in range(40)}
@@ -340,7 +340,7 @@ def test_small_tensors_are_compared_in_runs_and_each_is_judged(
         assert "1 of 9 values differ; the value at [1, 2]" in finding.reason
 
 
-def test_what_is_converted_is_rounded_once(tmp_path: Path, adapter: Path, base: Path) -> None:
+def test_a_converted_tensor_is_rounded_once(tmp_path: Path, adapter: Path, base: Path) -> None:
     merged_with(adapter, base, tmp_path / "out", dtype="bfloat16")
     name = "model.layers.0.mlp.up_proj.weight"
     stored = tensors_of(base)[name]
@@ -350,7 +350,7 @@ def test_what_is_converted_is_rounded_once(tmp_path: Path, adapter: Path, base: 
     assert codes(layers(adapter, base, tmp_path / "out")) == ["V602"]
 
 
-def test_values_that_are_no_numbers_stay_so(tmp_path: Path, adapter: Path) -> None:
+def test_nan_and_infinite_values_of_the_base_are_kept(tmp_path: Path, adapter: Path) -> None:
     base = filled_base(tmp_path / "base")
     name = "model.norm.weight"
     edit(base, {name: np.array([np.nan, np.inf, -np.inf, -0.0] * 4, np.float32)})
@@ -364,7 +364,7 @@ def test_values_that_are_no_numbers_stay_so(tmp_path: Path, adapter: Path) -> No
     assert "1 of 16 values differ; the value at [1] is 3.0 instead of inf" in str(finding)
 
 
-def test_tensors_that_are_missing_unknown_or_of_another_form_are_named(
+def test_missing_and_unknown_tensors_and_other_shapes_and_dtypes_are_named(
     adapter: Path, base: Path, model: Path
 ) -> None:
     weight = tensors_of(model)[f"{V}.weight"]
@@ -404,7 +404,7 @@ def test_every_wrong_tensor_has_a_finding_and_the_text_is_short(
     assert "FAILED: 60 tensors differ" in verification_text(result)
 
 
-def test_a_tied_head_without_a_word_on_how_it_was_merged_is_a_fault_of_the_call(
+def test_a_tied_head_without_a_recorded_option_is_a_usage_error(
     tmp_path: Path,
 ) -> None:
     for place, stored in enumerate(({"lm_head.weight": None}, {})):
@@ -417,7 +417,7 @@ def test_a_tied_head_without_a_word_on_how_it_was_merged_is_a_fault_of_the_call(
 
 
 @pytest.mark.parametrize("tie", [True, None])
-def test_a_config_that_ties_otherwise_is_found(tmp_path: Path, *, tie: bool | None) -> None:
+def test_a_config_with_another_tie_is_found(tmp_path: Path, *, tie: bool | None) -> None:
     adapter = on_the_head(tmp_path / "a")
     base = filled_base(tmp_path / "base", tensors={"lm_head.weight": None}, config=TIED)
     merged_with(adapter, base, tmp_path / "out", tied=Tied.UNTIE)
@@ -457,7 +457,7 @@ def test_given_options_override_the_recorded_ones(
     assert codes(layers(adapter, base, tmp_path / "out", weight=0.5)) == ["V608"]
 
 
-def test_every_adapter_that_was_merged_has_to_be_given(
+def test_every_merged_adapter_must_be_given(
     tmp_path: Path, adapter: Path, base: Path, model: Path
 ) -> None:
     second = good_adapter(tmp_path / "second", stripped=True)
@@ -468,7 +468,7 @@ def test_every_adapter_that_was_merged_has_to_be_given(
         layers(adapter, base, model, add=(AdapterSpec(second),))
 
 
-def test_another_form_of_the_adapter_serves_and_another_adapter_does_not(
+def test_another_form_of_the_adapter_passes_and_another_adapter_fails(
     tmp_path: Path, adapter: Path, base: Path, model: Path
 ) -> None:
     strip(adapter, tmp_path / "stripped", base=BaseOptions(str(base)))
@@ -482,14 +482,14 @@ def test_another_form_of_the_adapter_serves_and_another_adapter_does_not(
     assert '"adapter" was merged instead' in str(result.findings[1])
 
 
-def test_another_base_is_warned_of(tmp_path: Path, adapter: Path, model: Path) -> None:
+def test_another_base_is_a_warning(tmp_path: Path, adapter: Path, model: Path) -> None:
     base = filled_base(tmp_path / "other", shards=2)
     result = layers(adapter, base, model)
     assert (result.passed, codes(result)) == (True, ["V610"])
 
 
 def put(*path: Any, value: Any) -> Callable[[Any], None]:
-    """Return what sets a member of a document."""
+    """Return a function that sets a member of a document."""
 
     def change(document: Any) -> None:
         for name in path[:-1]:
@@ -500,7 +500,7 @@ def put(*path: Any, value: Any) -> Callable[[Any], None]:
 
 
 def drop(*path: Any) -> Callable[[Any], None]:
-    """Return what removes a member of a document."""
+    """Return a function that removes a member of a document."""
 
     def change(document: Any) -> None:
         for name in path[:-1]:
@@ -565,13 +565,15 @@ def test_a_provenance_is_not_trusted(
 @pytest.mark.parametrize(
     "text", [b"", b"{", b'{"format": NaN}', b"[" * 10_000, b'{"a": 1, "a": 2}', b"\xff"]
 )
-def test_nor_is_it_when_it_is_no_json(text: bytes, adapter: Path, base: Path, model: Path) -> None:
+def test_a_provenance_that_is_no_json_is_not_trusted(
+    text: bytes, adapter: Path, base: Path, model: Path
+) -> None:
     (model / PROVENANCE).write_bytes(text)
     with pytest.raises(CheckpointError, match="V0"):
         layers(adapter, base, model)
 
 
-def test_names_in_it_are_escaped(adapter: Path, base: Path, model: Path) -> None:
+def test_names_in_a_provenance_are_escaped(adapter: Path, base: Path, model: Path) -> None:
     rewrite(model, put("adapters", 0, "source", value={"folder": "a\u202e\n"}))
     fields({"vera_dropout": 0.5})(adapter)
     (finding,) = layers(adapter, base, model).findings
@@ -606,7 +608,7 @@ COMPARED = ModelComparison(
 def comparing(
     monkeypatch: pytest.MonkeyPatch, result: ModelComparison | SurroundingsError
 ) -> list[Any]:
-    """Let models be compared without torch; return what is asked for."""
+    """Replace the comparison of models, which needs torch; return the recorded calls."""
     asked: list[Any] = []
 
     def run_models(job: ModelJob, **options: Any) -> ModelComparison:
@@ -655,7 +657,7 @@ def test_the_model_is_run_with_the_options_of_the_merge(
     assert result.seconds >= result.merged.seconds
 
 
-def test_a_model_that_computes_otherwise_fails(
+def test_a_model_with_other_outputs_fails(
     adapter: Path, base: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = "its logits differ by up to 0.3."
@@ -666,7 +668,7 @@ def test_a_model_that_computes_otherwise_fails(
 
 
 @pytest.mark.parametrize(("moved", "code"), [(True, "V618"), (False, "V617")])
-def test_a_model_that_shows_nothing_is_no_error_if_the_weights_moved(
+def test_an_inconclusive_run_is_no_error_if_the_weights_changed(
     adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch, *, moved: bool, code: str
 ) -> None:
     comparing(monkeypatch, dataclasses.replace(COMPARED, passed=False, conclusive=False))
@@ -679,7 +681,7 @@ def test_a_model_that_shows_nothing_is_no_error_if_the_weights_moved(
     assert result.passed is moved
 
 
-def test_why_a_model_was_not_run_is_told_beside_its_layers(
+def test_the_reason_why_a_model_was_not_run_is_reported_with_the_layers(
     adapter: Path,
     base: Path,
     model: Path,
@@ -707,7 +709,7 @@ def test_a_model_whose_weights_are_wrong_is_not_run(
     assert "not run: fix the errors below first" in verification_text(result)
 
 
-def test_without_torch_it_is_said_how_to_do_without(
+def test_without_torch_the_message_names_layers_only(
     adapter: Path, base: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -718,7 +720,7 @@ def test_without_torch_it_is_said_how_to_do_without(
     assert layers(adapter, base, model).passed
 
 
-def test_a_text_that_is_not_there_is_told_before_anything_is_compared(
+def test_a_missing_text_is_reported_before_any_comparison(
     tmp_path: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = comparing(monkeypatch, COMPARED)
@@ -736,7 +738,7 @@ def same_form(adapter: Path, other: Path, **options: Any) -> Verification:
     return verify(adapter, base=base, other=other, options=VerifyOptions(**options))
 
 
-def test_what_strip_embed_and_migrate_made_holds(
+def test_results_of_strip_embed_and_migrate_pass(
     tmp_path: Path, adapter: Path, base: Path, schema_errors: SchemaErrors
 ) -> None:
     base_options = BaseOptions(str(base))
@@ -759,7 +761,9 @@ def test_what_strip_embed_and_migrate_made_holds(
             assert verification_text(result).endswith("verified")
 
 
-def test_a_damaged_form_is_repaired_while_it_is_read(tmp_path: Path, adapter: Path) -> None:
+def test_a_form_that_migrate_can_repair_is_repaired_while_read(
+    tmp_path: Path, adapter: Path
+) -> None:
     good = shutil.copytree(adapter, tmp_path / "good")
     renamed(lambda name: f"_orig_mod.{name}")(adapter)
     assert codes(same_form(adapter, good)) == []
@@ -767,7 +771,9 @@ def test_a_damaged_form_is_repaired_while_it_is_read(tmp_path: Path, adapter: Pa
         same_form(good, adapter)
 
 
-def test_peft_s_own_form_depends_on_the_base(tmp_path: Path, adapter: Path, base: Path) -> None:
+def test_the_form_that_peft_writes_depends_on_the_base(
+    tmp_path: Path, adapter: Path, base: Path
+) -> None:
     other = shutil.copytree(adapter, tmp_path / "bare")
     bare(other)
     result = same_form(adapter, other)
@@ -780,7 +786,7 @@ def test_peft_s_own_form_depends_on_the_base(tmp_path: Path, adapter: Path, base
     assert "vera_A: the value at [0, 0] is" in str(result.findings[0])
 
 
-def test_another_key_is_another_adapter(tmp_path: Path, adapter: Path) -> None:
+def test_an_adapter_with_another_key_fails(tmp_path: Path, adapter: Path) -> None:
     other = shutil.copytree(adapter, tmp_path / "other")
     bare(other)
     fields({"projection_prng_key": 8})(other)
@@ -793,9 +799,10 @@ def test_another_key_is_another_adapter(tmp_path: Path, adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["base_model.vera_A", "base_model.vera_B"])
-def test_one_value_of_a_projection_is_enough(tmp_path: Path, name: str) -> None:
+def test_a_single_other_value_of_a_projection_fails(tmp_path: Path, name: str) -> None:
     unlike = {n: 2 * good_tensors()[n] for n in ("base_model.vera_A", "base_model.vera_B")}
-    one = good_adapter(tmp_path / "one", tensors=unlike)  # what is nearly the key's draw is refused
+    # A and B that are almost the key's would be refused
+    one = good_adapter(tmp_path / "one", tensors=unlike)
     stored = unlike[name].copy()
     stored[3, 1] = np.nextafter(stored[3, 1], np.float32(9))
     other = good_adapter(tmp_path / "other", tensors={**unlike, name: stored})
@@ -818,7 +825,7 @@ def test_projections_that_no_layer_uses_may_be_cut_off(
         same_form(adapter, narrow, base=str(base))
 
 
-def test_trained_tensors_are_the_same_byte_for_byte(tmp_path: Path, adapter: Path) -> None:
+def test_trained_tensors_are_compared_byte_by_byte(tmp_path: Path, adapter: Path) -> None:
     stored = good_tensors()
     b, d = f"{PREFIX}{Q}.vera_lambda_b", f"{PREFIX}{Q}.vera_lambda_d"
     changed = stored[b].copy()
@@ -841,7 +848,7 @@ def test_trained_tensors_are_the_same_byte_for_byte(tmp_path: Path, adapter: Pat
     assert "the tensor is F32 [4], in the other form F16 [4]" in said[d]
 
 
-def test_the_order_of_names_in_a_config_says_nothing(tmp_path: Path, adapter: Path) -> None:
+def test_the_order_of_names_in_a_config_does_not_matter(tmp_path: Path, adapter: Path) -> None:
     other = good_adapter(tmp_path / "other", target_modules=["v_proj", "q_proj"])
     fields({"peft_version": "0.20.0", "inference_mode": False})(other)
     assert codes(same_form(adapter, other)) == []
@@ -860,7 +867,7 @@ def test_form_and_model_can_be_verified_at_once(
     assert both.merged is not None
 
 
-def test_what_peft_would_draw_otherwise_is_warned_of(
+def test_a_and_b_that_peft_would_draw_differently_are_a_warning(
     tmp_path: Path, adapter: Path, base: Path
 ) -> None:
     drawn(Variant.FLOAT32_SEPARATE)(adapter)
@@ -877,7 +884,7 @@ def test_what_peft_would_draw_otherwise_is_warned_of(
 # --- from the Hub --------------------------------------------------------------------------------
 
 
-def test_all_of_it_can_lie_on_the_hub(
+def test_adapter_base_and_model_can_lie_on_the_hub(
     tmp_path: Path, server: HubServer, adapter: Path, base: Path
 ) -> None:
     strip(adapter, tmp_path / "stripped", base=BaseOptions(str(base)))
@@ -909,7 +916,7 @@ def test_memory_does_not_grow_with_a_tensor(
     monkeypatch.setattr(pairs, "BLOCK_VALUES", 1 << 13)
     monkeypatch.setattr(pairs, "_BLOCK_BYTES", 1 << 13)
     monkeypatch.setattr(diagnosis, "_MOST_VALUES", 1 << 13)
-    # Drawing A and B again, to try these, takes memory as A and B are large.
+    # The search for other A and B takes memory in proportion to A and B.
     monkeypatch.setattr(merged, "right_with_other_projections", lambda *_given: {})
     peaks = []
     for rows in (256, 4096):
@@ -935,12 +942,14 @@ def test_memory_does_not_grow_with_a_tensor(
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert codes(result) == ["V601"]
-    # The vectors and B, 32 KiB more, and no part of the 960 KiB that each tensor has more.
+    # The vectors and B take 32 KiB more; the 960 KiB more of each tensor are not held.
     assert peaks[1] - peaks[0] < 200_000
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_threads_change_nothing(adapter: Path, base: Path, model: Path, jobs: int) -> None:
+def test_the_number_of_threads_does_not_change_the_result(
+    adapter: Path, base: Path, model: Path, jobs: int
+) -> None:
     one, other = (layers(adapter, base, base, jobs=n) for n in (1, jobs))
     assert one.findings == other.findings
     assert one.merged is not None
@@ -950,7 +959,9 @@ def test_threads_change_nothing(adapter: Path, base: Path, model: Path, jobs: in
     assert layers(adapter, base, model, jobs=jobs).passed
 
 
-def test_progress_ends_where_all_is_compared(adapter: Path, base: Path, model: Path) -> None:
+def test_progress_ends_at_the_number_of_compared_bytes(
+    adapter: Path, base: Path, model: Path
+) -> None:
     told: list[tuple[int, int]] = []
     options = VerifyOptions(layers_only=True)
     result = verify(
@@ -965,7 +976,7 @@ def test_progress_ends_where_all_is_compared(adapter: Path, base: Path, model: P
 
 
 @pytest.mark.parametrize("kind", ["F16", "F32", "F64"])
-def test_last_bits_are_those_of_the_dtype(kind: str) -> None:
+def test_last_bits_are_counted_in_the_dtype(kind: str) -> None:
     dtype = np.dtype(f"f{int(kind[1:]) // 8}")
     info = np.finfo(dtype)
     values = np.array(
@@ -988,7 +999,7 @@ def test_last_bits_are_those_of_the_dtype(kind: str) -> None:
         ({"add": (AdapterSpec("x"),)}, "^add: only for a merged model"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(
+def test_options_out_of_range_are_refused(
     adapter: Path, options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
@@ -997,7 +1008,7 @@ def test_options_that_make_no_sense_are_refused(
         verify(adapter)
 
 
-def test_the_document_is_what_its_schema_says(
+def test_the_document_satisfies_its_schema(
     adapter: Path, base: Path, model: Path, schema_errors: SchemaErrors
 ) -> None:
     not_a_number: Array = np.full((16, 16), np.nan, np.float32)

@@ -1,4 +1,4 @@
-"""verify --lora: every layer's delta against the adapter's, and whatever is wrong is named."""
+"""verify --lora compares every layer's delta with the adapter's, and names each defect."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def lora(adapter: Path, base: Path, tmp_path: Path) -> Path:
 
 
 def changed(lora: Path, change: Change, **config: object) -> Path:
-    """A LoRA with other tensors, and without the record of who wrote it."""
+    """Change a LoRA's tensors, and remove the record of the program that wrote the LoRA."""
     tensors = weights(lora)
     change(tensors)
     save_file(tensors, lora / WEIGHTS, {"format": "pt"})
@@ -63,7 +63,7 @@ def codes(result: Verification) -> set[str]:
     return {finding.code for finding in result.errors}
 
 
-def test_a_conversion_holds_without_the_base(adapter: Path, lora: Path) -> None:
+def test_a_conversion_passes_without_the_base(adapter: Path, lora: Path) -> None:
     result = verify(adapter, lora=lora)
     assert result.passed
     assert result.lora is not None
@@ -73,7 +73,7 @@ def test_a_conversion_holds_without_the_base(adapter: Path, lora: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["peft", "vllm", "sglang", "tgi", "mlx", "gguf"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_conversion_holds(
+def test_every_conversion_passes(
     engine: Any, dtype: str, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     if engine == "gguf":
@@ -88,7 +88,7 @@ def test_every_conversion_holds(
         assert layer.error == pytest.approx(done.measured.errors[layer.module], rel=0.1)
 
 
-def test_a_lower_rank_holds_with_the_error_that_was_recorded(
+def test_a_lower_rank_passes_with_the_recorded_error(
     adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     done = to_lora(adapter, tmp_path / "low", base=base, options=LoraOptions(rank=3))
@@ -100,7 +100,7 @@ def test_a_lower_rank_holds_with_the_error_that_was_recorded(
     assert codes(verify(adapter, lora=changed(tmp_path / "low", nothing))) == {"V721"}
 
 
-def test_a_lora_of_another_adapter_does_not_hold(lora: Path, tmp_path: Path) -> None:
+def test_a_lora_of_another_adapter_fails(lora: Path, tmp_path: Path) -> None:
     other = {n: t[::-1].copy() for n, t in good_tensors().items() if n.endswith("lambda_b")}
     result = verify(good_adapter(tmp_path / "other", tensors=other), lora=lora)
     assert codes(result) == {"V721"}
@@ -108,7 +108,7 @@ def test_a_lora_of_another_adapter_does_not_hold(lora: Path, tmp_path: Path) -> 
 
 
 def cancelling() -> dict[str, NDArray[Any]]:
-    """Tensors of an adapter whose first two terms leave a thousandth of each other's size."""
+    """Return tensors whose first two terms cancel down to a thousandth of their size."""
     tensors = good_tensors()
     A, B = tensors["base_model.vera_A"], tensors["base_model.vera_B"]
     A[1], B[:, 1] = A[0], B[:, 0]
@@ -119,7 +119,7 @@ def cancelling() -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def test_rounding_is_measured_by_terms_that_cancel_each_other(base: Path, tmp_path: Path) -> None:
+def test_the_limit_for_rounding_allows_for_terms_that_cancel(base: Path, tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "cancelling", tensors=cancelling())
     to_lora(adapter, tmp_path / "lora", base=base)
     result = verify(adapter, lora=tmp_path / "lora")
@@ -174,7 +174,7 @@ WRONG: dict[str, tuple[Change, dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_named(case: str, adapter: Path, lora: Path) -> None:
+def test_each_defect_of_a_lora_is_named(case: str, adapter: Path, lora: Path) -> None:
     change, config, code = WRONG[case]
     with np.errstate(invalid="ignore"):
         assert codes(verify(adapter, lora=changed(lora, change, **config))) == {code}
@@ -194,7 +194,7 @@ def test_each_layer_that_peft_does_not_load_is_named(
     ("config", "code"),
     [
         ({}, None),
-        ({"num_layers": 0}, None),  # MLX-LM takes 0 for all layers
+        ({"num_layers": 0}, None),  # 0 means all layers in MLX-LM
         ({"num_layers": 1}, "V726"),
         ({"keys": ["self_attn.q_proj"]}, "V726"),
         ({"keys": [*KEYS, f"model.layers.0.{KEYS[0]}"], "num_layers": 1}, "V726"),
@@ -204,7 +204,7 @@ def test_each_layer_that_peft_does_not_load_is_named(
     ],
     ids=str,
 )
-def test_layers_that_mlx_leaves_out_are_told(
+def test_layers_that_mlx_leaves_out_are_reported(
     config: dict[str, Any], code: str | None, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     lora = tmp_path / "mlx"
@@ -216,7 +216,7 @@ def test_layers_that_mlx_leaves_out_are_told(
     assert codes(verify(adapter, lora=lora)) == ({code} if code else set())
 
 
-def test_diffusers_metadata_without_a_target_is_told(adapter: Path, tmp_path: Path) -> None:
+def test_diffusers_metadata_without_a_target_is_reported(adapter: Path, tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "c", config={"_class_name": "FluxTransformer2DModel"})
     (base / "model.safetensors").rename(base / "diffusion_pytorch_model.safetensors")
     lora = tmp_path / "diffusers"
@@ -233,7 +233,7 @@ def test_diffusers_metadata_without_a_target_is_told(adapter: Path, tmp_path: Pa
     ("engine", "model_type", "code"),
     [("peft", "afmoe", "V714"), ("peft", "llama", None), ("vllm", "afmoe", None)],
 )
-def test_a_layer_that_peft_takes_for_an_expert_is_told(
+def test_a_layer_that_peft_reads_as_an_expert_is_reported(
     engine: Any, model_type: str, code: str | None, tmp_path: Path
 ) -> None:
     def renamed(name: str) -> str:
@@ -258,14 +258,14 @@ def test_a_layer_that_peft_takes_for_an_expert_is_told(
         assert result.lora.run == "PEFT does not load every layer of this LoRA"
 
 
-def test_a_layer_of_zeros_beside_the_adapters_is_right(adapter: Path, lora: Path) -> None:
+def test_a_further_layer_of_zeros_passes(adapter: Path, lora: Path) -> None:
     result = verify(adapter, lora=changed(lora, added("model.layers.0.self_attn.o_proj", 0.0)))
     assert result.passed
     assert result.lora is not None
     assert result.lora.zeros == 1
 
 
-def test_a_scaling_that_amounts_to_the_same_is_right(adapter: Path, lora: Path) -> None:
+def test_a_scaling_that_gives_the_same_delta_passes(adapter: Path, lora: Path) -> None:
     def halved(tensors: dict[str, NDArray[Any]]) -> None:
         for name, tensor in tensors.items():
             if "lora_B" in name:
@@ -274,7 +274,7 @@ def test_a_scaling_that_amounts_to_the_same_is_right(adapter: Path, lora: Path) 
     assert verify(adapter, lora=changed(lora, halved, lora_alpha=8)).passed
 
 
-def test_heads_are_compared_byte_for_byte(base: Path, tmp_path: Path) -> None:
+def test_heads_are_compared_byte_by_byte(base: Path, tmp_path: Path) -> None:
     head = {f"{PREFIX}score.weight": np.ones((3, 16), np.float32)}
     adapter = good_adapter(tmp_path / "head", tensors=head, modules_to_save=["score"])
     to_lora(adapter, tmp_path / "lora", base=base)
@@ -286,13 +286,13 @@ def test_heads_are_compared_byte_for_byte(base: Path, tmp_path: Path) -> None:
     assert verify(adapter, lora=tmp_path / "dropped").passed
 
 
-def test_a_tensor_that_only_the_lora_has_is_told(adapter: Path, lora: Path) -> None:
+def test_a_tensor_that_only_the_lora_has_is_reported(adapter: Path, lora: Path) -> None:
     bias = {f"{PREFIX}{Q}.lora_B.bias": np.ones(16, np.float32)}
     wrong = changed(lora, lambda tensors: tensors.update(bias), bias="all")
     assert codes(verify(adapter, lora=wrong)) == {"V724"}
 
 
-def test_another_source_than_the_recorded_is_a_warning(adapter: Path, lora: Path) -> None:
+def test_another_adapter_than_the_recorded_adapter_is_a_warning(adapter: Path, lora: Path) -> None:
     assert not verify(adapter, lora=lora).findings
     save_file(weights(adapter), adapter / WEIGHTS, {"format": "pt", "by": "another hand"})
     result = verify(adapter, lora=lora)
@@ -390,20 +390,20 @@ UNREADABLE: dict[str, tuple[Change, dict[str, object]]] = {
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_what_is_no_lora_is_refused(case: str, adapter: Path, lora: Path) -> None:
+def test_a_folder_without_a_lora_is_refused(case: str, adapter: Path, lora: Path) -> None:
     change, config = UNREADABLE[case]
     with pytest.raises(CheckpointError, match="V720"):
         verify(adapter, lora=changed(lora, change, **config))
 
 
-def test_a_record_that_is_nonsense_is_no_record(adapter: Path, lora: Path) -> None:
+def test_a_malformed_record_is_ignored(adapter: Path, lora: Path) -> None:
     for text in ("{", "[]", '{"relative_error": "nan"}', '{"relative_error": 1e9}', "[" * 5000):
         save_file(weights(lora), lora / WEIGHTS, {"format": "pt", "vera_convert.lora": text})
         assert verify(adapter, lora=lora).passed
         assert metadata(lora)["vera_convert.lora"] == text
 
 
-def test_a_base_that_is_needed_and_not_found_is_an_error_of_the_surroundings(
+def test_a_needed_base_that_is_not_found_is_no_fault_of_the_lora(
     lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -413,7 +413,7 @@ def test_a_base_that_is_needed_and_not_found_is_an_error_of_the_surroundings(
         verify(stripped, lora=lora)
 
 
-def test_something_to_verify_must_be_given(adapter: Path) -> None:
+def test_verify_without_a_result_is_a_usage_error(adapter: Path) -> None:
     with pytest.raises(UsageError, match="--lora LORA"):
         verify(adapter)
 
