@@ -280,6 +280,6 @@ def test_a_weight_other_than_the_recorded_one_is_named(weight: float, tmp_path: 
     base = filled_base(tmp_path / "base", dtype="bfloat16")
     merged_with(adapter, base, tmp_path / "out")
     result = layers(adapter, base, tmp_path / "out", weight=weight)
-    reason_of = "right with the options that merge-provenance.json records: leave out "
+    said = "right with the options that merge-provenance.json records: leave out "
     assert [finding.code for finding in result.errors] == ["V601"] * 4
     assert all(f"{said}--weight." in finding.reason for finding in result.errors)
