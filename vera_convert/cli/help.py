@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from vera_convert.cli.options import DISPLAY, Filled, Option
+from vera_convert.cli.options import DISPLAY, NonEmpty, Option
 from vera_convert.cli.output import window
 from vera_convert.text import wrapped
 
@@ -70,7 +70,7 @@ class Context(click.Context):
         return Formatter(width=window())
 
 
-class Argument(Filled, click.Argument):
+class Argument(NonEmpty, click.Argument):
     """An argument with a text for the help."""
 
     def __init__(self, name: str, *, text: str, **attributes: Any) -> None:

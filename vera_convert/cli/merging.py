@@ -25,7 +25,7 @@ from vera_convert.cli.options import (
     ProjectionChoice,
     flag,
     option,
-    retold,
+    with_help,
 )
 from vera_convert.cli.output import progress_bar, show, shown_command, tell
 from vera_convert.cli.refusals import with_number_of_others, without_token
@@ -104,26 +104,26 @@ class VerifyChoices(AdapterOptions, GeneratorChoice, MergeChoice):
     )
     merged: str | None = option(INPUT, "MODEL", "The merged model to check.")
     lora: str | None = option(INPUT, "LORA", "The LoRA to check.")
-    weight: float | None = retold(
+    weight: float | None = with_help(
         MergeChoice, "weight", "The factor of the adapter's delta (default: as recorded, else 1)."
     )
-    add: tuple[str, ...] = retold(
+    add: tuple[str, ...] = with_help(
         MergeChoice,
         "add",
         "Another adapter of the merge, and the factor W (default: as recorded, else 1).",
     )
-    tied: str | None = retold(
+    tied: str | None = with_help(
         MergeChoice,
         "tied",
         "How an output head tied to the embedding was merged (default: as recorded): "
         f"{TIED_CHOICES}.",
     )
-    dequantize: bool | None = retold(
+    dequantize: bool | None = with_help(
         MergeChoice,
         "dequantize",
         "The merge turned a quantized base into a 16-bit model (default: as recorded).",
     )
-    dtype: str | None = retold(
+    dtype: str | None = with_help(
         MergeChoice,
         "dtype",
         f"The dtype of the merged float tensors: {', '.join(FLOAT_NAMES)} (default: as recorded, "

@@ -49,7 +49,7 @@ class Declared(NamedTuple):
     attributes: dict[str, Any]
 
 
-class Filled(click.Parameter):
+class NonEmpty(click.Parameter):
     """A parameter without empty values, so that an unset variable of a shell is an error."""
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
@@ -59,10 +59,12 @@ class Filled(click.Parameter):
         return super().type_cast_value(ctx, value)
 
 
-class Option(Filled, click.Option):
+class Option(NonEmpty, click.Option):
     """An option that a help lists in a group."""
 
-    group = ""
+    def __init__(self, *names: str, group: str, **attributes: Any) -> None:
+        super().__init__(names, **attributes)
+        self.group = group
 
 
 class Options:
@@ -107,7 +109,7 @@ def option(group: str, metavar: str | None, text: str, *flags: str, **attributes
     return Declared(group, flags, {"metavar": metavar, "help": text, **attributes})
 
 
-def retold(options: type[Options], name: str, text: str) -> Any:
+def with_help(options: type[Options], name: str, text: str) -> Any:
     """Return an option of a class with another text in the help."""
     declared: Declared = vars(options)[name]
     return declared._replace(attributes={**declared.attributes, "help": text})
@@ -120,18 +122,18 @@ def flag(group: str, text: str, *flags: str) -> Any:
 
 def parameters(options: type[Options]) -> list[Option]:
     """Return an option of click for each option that a class declares, sorted by group."""
-    declared = {
-        name: (each, _attributes(each, kind.__annotations__[name]))
+    made = {
+        name: Option(
+            name,
+            *(each.flags or (f"--{name.replace('_', '-')}",)),
+            group=each.group,
+            **_attributes(each, kind.__annotations__[name]),
+        )
         for kind in reversed(options.__mro__)
         for name, each in vars(kind).items()
         if isinstance(each, Declared)
     }
-    made = []
-    for name, (each, attributes) in declared.items():
-        flags = each.flags or (f"--{name.replace('_', '-')}",)
-        made.append(parameter := Option([name, *flags], **attributes))
-        parameter.group = each.group
-    return sorted(made, key=lambda parameter: TITLES.index(parameter.group))
+    return sorted(made.values(), key=lambda option: TITLES.index(option.group))
 
 
 def _attributes(declared: Declared, annotation: str) -> dict[str, Any]:

@@ -106,8 +106,8 @@ class ComputedFactors:
         self._last: tuple[str, StoredLayer] | None = None
 
     @cached_property
-    def _room(self) -> NDArray[np.uint8]:
-        """Memory for the largest lora_B; new memory for each layer would take longer to get."""
+    def _buffer(self) -> NDArray[np.uint8]:
+        """The memory of the largest lora_B; new memory for each layer would take longer to get."""
         outputs = max(layer.shape.out_features for layer in self._plan.layers)
         size = outputs * self._plan.rank * BITS[self._plan.dtype] // 8
         return memory_for(self._start, size)
@@ -206,7 +206,7 @@ class ComputedFactors:
 
     def _empty_B(self, outputs: int, rank: int) -> Array:  # noqa: N802 -- the matrix is called B
         kind = NUMPY_DTYPE[self._plan.dtype]
-        return self._room[: outputs * rank * kind.itemsize].view(kind).reshape(outputs, rank)
+        return self._buffer[: outputs * rank * kind.itemsize].view(kind).reshape(outputs, rank)
 
 
 def _padded(layer: StoredLayer, rank: int) -> StoredLayer:
