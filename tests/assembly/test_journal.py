@@ -95,6 +95,37 @@ def test_a_file_without_a_hash_or_behind_a_link_is_not_finished(path: Path, fold
     assert not finished_files(path, folder, "same")
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b'"name": "a.safetensors"', b'"nam": "a.safetensors"'),
+        (b'"name": "a.safetensors"', b'"name": 5'),
+        (b'"name": "a.safetensors"', rb'"name": "a\u0000"'),
+        (b'"size": 13', b'"siz": 13'),
+        (b'"sha256": "', b'"sha25": "'),
+        (b'"numbers": {"w": {', b'"numbers": [], "other": {"w": {'),
+        (b'"numbers": {"w": {', b'"numbers": {"v": 5, "w": {'),
+        (b'"values": 3', b'"value": 3'),
+        (b'"values": 3', b'"values": "3"'),
+        (b'{"name": "a.safetensors"', b"[" * 200_000),
+    ],
+)
+def test_a_line_of_another_form_is_no_record(
+    path: Path, folder: Path, before: bytes, after: bytes
+) -> None:
+    content = path.read_bytes()
+    assert before in content
+    path.write_bytes(content.replace(before, after, 1))
+    assert finished_files(path, folder, "same").keys() == {"b/c.safetensors"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_a_pipe_is_no_journal(path: Path, folder: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+    assert not finished_files(path, folder, "same")
+
+
 def test_what_is_no_journal_at_all_means_that_nothing_is(path: Path, folder: Path) -> None:
     for content in (b"\xff\xfe", b"[]\n", b"{}\n{}\n", b'{"identity": 1}\n'):
         path.write_bytes(content)

@@ -308,6 +308,10 @@ def test_each_lasting_reason_is_named_with_its_remedy_and_status_3(
         assert SECRET not in ended.err
 
 
+NO_REFUSALS = (b"[1]", b"5", b'{"error": 5}', b'{"errors": 5}', b'{"errors": [1]}')
+"""JSON bodies of other forms than the Hub's; huggingface_hub expects an object."""
+
+
 @pytest.mark.parametrize(
     ("fault", "token", "kind"),
     [
@@ -325,6 +329,7 @@ def test_each_lasting_reason_is_named_with_its_remedy_and_status_3(
             Refusal.DISABLED,
         ),
         (Fault(403, body=b"[" * 100_000), None, Refusal.PRIVATE),
+        *((Fault(403, body=body), None, Refusal.PRIVATE) for body in NO_REFUSALS),
     ],
 )
 def test_every_form_of_a_refusal_is_understood(

@@ -13,14 +13,18 @@ import os
 import stat
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from vera_convert.assembly.addends import Numbers
 from vera_convert.assembly.writer import Finished
-from vera_convert.errors import SurroundingsError
+from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import file_sha256, open_local
+
+_STATISTICS = {field.name for field in fields(Numbers)}
+_LARGEST = 1 << 30
+"""The most bytes of a journal; each merged tensor takes 150."""
 
 
 class Journal:
@@ -71,37 +75,50 @@ def finished_files(path: Path, folder: Path, identity: str) -> dict[str, Finishe
     The result is empty if there is no journal, or if the journal has another identity.
     """
     try:
-        first, *lines = path.read_text(encoding="ascii").splitlines(keepends=True)
-    except (OSError, ValueError):
+        with open_local(path, limit=_LARGEST) as file:
+            text = file.read_at(0, file.size).decode("ascii")
+        first, *lines = text.splitlines(keepends=True)
+    except (CheckpointError, SurroundingsError, ValueError):
         return {}
     if _parsed(first) != {"identity": identity}:
         return {}
     finished = {}
     for line in lines:
         record = _parsed(line)
-        if record is not None and _is_as_recorded(folder, record):
-            numbers = {name: Numbers(**each) for name, each in record["numbers"].items()}
+        numbers = None if record is None else _numbers(record.get("numbers"))
+        if record is not None and numbers is not None and _is_as_recorded(folder, record):
             finished[record["name"]] = Finished(numbers, record["sha256"])
     return finished
+
+
+def _numbers(value: object) -> dict[str, Numbers] | None:
+    """Return the statistics of a line; None if a damaged disk left another value."""
+    tensors = value.values() if isinstance(value, dict) else (None,)
+    for each in tensors:
+        if not isinstance(each, dict) or each.keys() != _STATISTICS:
+            return None
+        if not all(type(number) in (int, float) for number in each.values()):
+            return None
+    return {name: Numbers(**each) for name, each in dict(value).items()}  # type: ignore[call-overload]
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
     """Return the object of a line; None if the line is incomplete."""
     try:
         found = json.loads(line) if line.endswith("\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
 
 def _is_as_recorded(folder: Path, record: Mapping[str, Any]) -> bool:
-    path = folder / record["name"]
     try:
+        path = folder / record["name"]
         found = path.lstat()
-        same = (found.st_size, found.st_mtime_ns) == (record["size"], record["mtime"])
+        same = (found.st_size, found.st_mtime_ns) == (record.get("size"), record.get("mtime"))
         if not (same and stat.S_ISREG(found.st_mode)):
             return False
         with open_local(path) as file:
-            return bool(record["sha256"] == file_sha256(file))
-    except (OSError, SurroundingsError):
-        return False
+            return bool(record.get("sha256") == file_sha256(file))
+    except (OSError, SurroundingsError, KeyError, TypeError, ValueError):
+        return False  # another file than recorded, or no record of a file

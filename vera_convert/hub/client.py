@@ -29,7 +29,7 @@ from vera_convert.hub.checksum import RepoFile, digest_of
 from vera_convert.hub.location import TOKEN, HubAccess
 from vera_convert.hub.range_file import MOST_WITHOUT_RANGES, Answer, Ask
 from vera_convert.hub.redaction import keep_secrets_from_logs
-from vera_convert.hub.refusals import Refusal, RefusedError, failure, refused
+from vera_convert.hub.refusals import OF_ANSWERS, Refusal, RefusedError, failure, refused
 from vera_convert.hub.repo_name import COMMIT
 from vera_convert.hub.retry import at_least_slowly, until_answered
 from vera_convert.text import printable
@@ -352,6 +352,6 @@ def failures_of(what: str, *, with_token: bool = False) -> Iterator[None]:
         raise SurroundingsError(
             f"{what} could not be read from the Hub: huggingface_hub is set to be offline."
         ) from None
-    except (OSError, RuntimeError, ValueError, http) as error:  # hf_xet raises RuntimeError
+    except (OSError, RuntimeError, http, *OF_ANSWERS) as error:  # hf_xet raises RuntimeError
         # The cause is dropped, because text and traceback may hold signed addresses.
         raise failure(what, error, with_token=with_token) from None

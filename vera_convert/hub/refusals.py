@@ -155,13 +155,17 @@ def _known(cause: BaseException) -> tuple[bool, str] | None:
     return next((said for kind, said in reasons.items() if isinstance(cause, kind)), None)
 
 
+OF_ANSWERS = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+"""Errors of huggingface_hub on an answer of another form than the Hub's, such as a list."""
+
+
 def failure(
     what: str, error: BaseException, *, with_token: bool
 ) -> TryAgainError | SurroundingsError:
     """Return the error for an error of huggingface_hub; the text leaves secrets out."""
     name = type(error).__name__
     reason = redacted(f"{name}: {error}".rstrip(": "))
-    passes = not isinstance(error, ValueError)
+    passes = not isinstance(error, OF_ANSWERS)
     if "Timeout" in name:
         reason = f"the server did not answer in time ({name})"
     for cause in _causes(error):
