@@ -81,20 +81,6 @@ def _lora_layers(lora: Any) -> list[Document]:  # noqa: ANN401 -- a record of a 
     ]
 
 
-def _merged_files(merge: Any) -> list[Document]:  # noqa: ANN401 -- a record of a merge
-    return [
-        {
-            "name": file.name,
-            "bytes": file.size,
-            "carried_bytes": file.copied,
-            "computed_bytes": file.computed,
-            "computed_tensors": file.tensors,
-            "sha256": merge.sha256.get(file.name),
-        }
-        for file in merge.files
-    ]
-
-
 def _merged_numbers(merge: Any) -> object:  # noqa: ANN401 -- a record of a merge
     from vera_convert.merging.report import total
 
@@ -122,9 +108,7 @@ COMPUTED: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
         "relative_error": lambda lora: _short(lora.measured.worst),
     },
     "Merge": {
-        "files": _merged_files,
         "tensors": lambda merge: [report.record() for report in merge.tensors],
-        "replaced": lambda merge: [tensor.record() for tensor in merge.replaced],
         "numbers": _merged_numbers,
         "left_out": lambda merge: [
             *(*merge.sides.other_weights, *merge.sides.adapter, *merge.sides.unneeded)
@@ -145,6 +129,9 @@ COMPUTED: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
     "ModelComparison": {name: _four_digits(name) for name in _MODEL_NUMBERS},
     "QuantizedComparison": {
         name: _four_digits(name) for name in ("difference", "threshold", "effect")
+    },
+    "ReplacedTensor": {
+        "relative_change": lambda each: each.numbers and each.numbers.record()["relative_change"]
     },
     "VeraConvertError": {"error": str, "findings": lambda error: getattr(error, "findings", ())},
     "TensorCheck": {

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +165,9 @@ def _result(job: MergeJob, run: MergeRun, free: int, seconds: float) -> Merge:
         base=label,
         adapters=tuple(map(MergedAdapter.of, inputs.adapters)),
         out=job.out,
-        files=tuple(map(file_plan, plan.files)),
+        files=tuple(
+            replace(file_plan(file), sha256=run.hashes.get(file.name)) for file in plan.files
+        ),
         tensors=run.tensors,
         replaced=plan.replaced,
         sides=inputs.base.sides,

@@ -135,6 +135,7 @@ class FilePlan:
         computed: bytes of computed tensors.
         tensors: the number of computed tensors.
         products: floating-point operations of the products.
+        sha256: the checksum, if asked for.
     """
 
     name: str
@@ -143,6 +144,7 @@ class FilePlan:
     computed: int
     tensors: int
     products: int
+    sha256: str | None = None
 
 
 def file_plan(file: NewFile) -> FilePlan:

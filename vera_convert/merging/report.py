@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from vera_convert import rules
-from vera_convert.assembly.addends import Numbers, four_digits
+from vera_convert.assembly.addends import Numbers
 from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.base.resizes import shape_text
 from vera_convert.dtypes import FLOATS
@@ -46,13 +46,8 @@ class TensorReport:
 
     def record(self) -> dict[str, object]:
         """Return the tensor as a JSON object."""
-        found: dict[str, object] = {
-            "name": self.name,
-            "dtype": self.dtype,
-            "shape": list(self.shape),
-            "adapters": list(self.adapters),
-            "kind": self.kind,
-        }
+        found = asdict(self)
+        del found["numbers"]
         return found | (self.numbers.record() if self.numbers is not None else {})
 
 
@@ -161,18 +156,6 @@ class ReplacedTensor:
             change = "changes from zeros"
         constant = "" if self.constant is None else f", all values are {self.constant:g}"
         return (f"{sizes}; the rest {change}" if sizes else change) + constant
-
-    def record(self) -> dict[str, object]:
-        """Return the tensor as a JSON object."""
-        numbers = self.numbers
-        return {
-            "name": self.name,
-            "adapter": self.adapter,
-            "shape": list(self.shape),
-            "base_shape": None if self.base_shape is None else list(self.base_shape),
-            "relative_change": None if numbers is None else four_digits(numbers.relative_change),
-            "constant": self.constant,
-        }
 
 
 def replaced_tensors(inputs: MergeInputs, changes: Changes) -> tuple[ReplacedTensor, ...]:
