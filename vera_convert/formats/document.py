@@ -11,7 +11,6 @@ from typing import Any
 from vera_convert.files.file_names import CARD_NAME
 from vera_convert.rules import Severity
 from vera_convert.schemas import load_schema
-from vera_convert.tables import table
 from vera_convert.text import printable
 
 Document = dict[str, object]
@@ -91,19 +90,66 @@ def _short(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-COMPUTED: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
-    "AdapterInfo": {"base": _base, "fingerprint": lambda info: info.fingerprint is not None},
-    "Checked": {"base": lambda checked: checked.base or None, "projections": _form},
-    "Conversion": {"projections": _form, "base": _base},
+VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
+    "AdapterInfo": {
+        "adapter": "location.label",
+        "commit": "location.commit",
+        "peft_version": "config.peft_version",
+        "base_model_name_or_path": "config.base_model_name_or_path",
+        "base": _base,
+        "rank": "config.r",
+        "key": "config.projection_prng_key",
+        "save_projection": "config.save_projection",
+        "fingerprint": lambda info: info.fingerprint is not None,
+        "trainable_parameters": "parameters",
+        "bytes": "sizes",
+    },
+    "BaseFacts": {
+        "name": "location.label",
+        "repo_id": "location.repo_id",
+        "commit": "location.commit",
+        "model_type": "base.model_type",
+        "names": "match.strategy.name",
+    },
+    "Checked": {
+        "adapter": "label",
+        "base": lambda checked: checked.base or None,
+        "projections": _form,
+    },
+    "Conversion": {
+        "projections": _form,
+        "base": _base,
+        "carried": "side_files.copied",
+        "left_out": "side_files.left_out",
+        "not_followed": "side_files.outside",
+    },
     "Count": {"vera": lambda count: {**asdict(count.vera), "stripped_bytes": count.stripped_bytes}},
-    "Finding": {"tensor": lambda finding: finding.tensor and printable(finding.tensor)},
+    "Finding": {
+        "tensor": lambda finding: finding.tensor and printable(finding.tensor),
+    },
+    "FilePlan": {
+        "bytes": "size",
+        "carried_bytes": "copied",
+        "computed_bytes": "computed",
+        "computed_tensors": "tensors",
+    },
+    "FormCheck": {"name": "label", "projections": "origins"},
     "FormEffect": {"difference": lambda effect: effect.difference or None},
+    "LoraCheck": {"name": "label", "projections": "origin", "recorded_error": "recorded"},
     "LoraLayerCheck": {"relative_error": _four_digits("error"), "allowed": _four_digits("limit")},
     "LoraConversion": {
+        "for": "options.engine",
+        "dtype": "options.dtype",
+        "rank": "plan.rank",
         "exact": lambda lora: not lora.plan.reduced,
+        "base": "base_facts.location.label",
+        "projections": "origin",
         "trained_whole": lambda lora: [tensor.name for tensor in lora.extras.tensors],
         "server_arguments": lambda lora: lora.server_arguments or None,
+        "bytes": "size",
+        "bytes_free": "free",
         "carried": lambda lora: [name for name in lora.side_files.copied if name != CARD_NAME],
+        "left_out": "side_files.left_out",
         "layers": _lora_layers,
         "relative_error": lambda lora: _short(lora.measured.worst),
     },
@@ -116,34 +162,53 @@ COMPUTED: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
         "adapter_left_out": lambda merge: [
             *(*merge.beside.unmerged, *merge.beside.not_fetched, *merge.beside.left_out)
         ],
+        "bytes_needed": "needed",
+        "bytes_free": "free",
         "seconds": _milliseconds,
+        "carried": "sides.copied",
+        "from_adapter": "beside.copied",
+        "tokenizer": "beside.tokenizer",
     },
     "MergeSettings": {
         "given": lambda settings: sorted(settings.given),
         "key_map": lambda settings: [f"{old}={new}" for old, new in settings.key_map],
     },
+    "MergedAdapter": {"name": "label", "projections": "origin"},
     "MergedCheck": {
+        "name": "label",
+        "options": "settings",
+        "allowed_excess": "tensors.limit",
+        "tensors": "tensors.reported",
         "untouched": lambda check: len(check.tensors.checks) - len(check.tensors.reported),
+        "bytes": "tensors.nbytes",
         "seconds": _milliseconds,
+        "jobs": "tensors.jobs",
     },
     "ModelComparison": {name: _four_digits(name) for name in _MODEL_NUMBERS},
     "QuantizedComparison": {
         name: _four_digits(name) for name in ("difference", "threshold", "effect")
     },
+    "Regenerated": {"bytes": "size"},
     "ReplacedTensor": {
         "relative_change": lambda each: each.numbers and each.numbers.record()["relative_change"]
     },
     "VeraConvertError": {"error": str, "findings": lambda error: getattr(error, "findings", ())},
+    "StoredProjections": {"dtype": "A.dtype", "shape_A": "A.shape", "shape_B": "B.shape"},
     "TensorCheck": {
+        "values": "comparison.values",
+        "off": "comparison.off",
+        "wrong": "comparison.wrong",
         "ulps": _four_digits("comparison.ulps"),
         "excess": _four_digits("comparison.excess"),
         "hint": lambda check: check.cause or None,
     },
     "TreeMigration": {"done": _migrated},
-    "Validation": {"counts": lambda found: {str(each): found.count(each) for each in Severity}},
+    "Validation": {
+        "counts": lambda found: {str(each): found.count(each) for each in Severity},
+    },
     "Verification": {"seconds": _milliseconds},
 }
-"""The values that are no attributes, by the result's class; ``document.toml`` names attributes."""
+"""The source of each value whose attribute has another name than the key, by the result's class."""
 
 
 _loaded = cache(load_schema)
@@ -158,8 +223,8 @@ def result_document(result: object, **values: object) -> Document:
 def document(schema: str, result: object, **values: object) -> Document:
     """Return a result as a JSON object, with the keys of a schema and in their order.
 
-    A key takes a given value, else the value in `COMPUTED`, else the attribute that
-    ``document.toml`` or the key names. An optional key is left out if the value is None.
+    A key takes a given value, else the source in `VALUES`, else the attribute with the name of the
+    key. An optional key is left out if the value is None.
 
     Args:
         schema: a name of `load_schema`.
@@ -186,12 +251,9 @@ def _attribute(result: object, key: str) -> object:
     """Return the value of a result for a key; None if a record on the way is None."""
     if isinstance(result, Mapping):
         return result.get(key)
-    for kind in type(result).__mro__:
-        if key in COMPUTED.get(kind.__name__, {}):
-            return COMPUTED[kind.__name__][key](result)
-        if key in (sources := table(__file__, "document.toml").get(kind.__name__, {})):
-            return _followed(result, sources[key])
-    return _followed(result, key)
+    kinds = (VALUES.get(kind.__name__, {}) for kind in type(result).__mro__)
+    source = next((values[key] for values in kinds if key in values), key)
+    return source(result) if callable(source) else _followed(result, source)
 
 
 def _followed(result: object, source: str) -> object:

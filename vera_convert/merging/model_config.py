@@ -25,23 +25,27 @@ from vera_convert.files.json_edit import edited_member
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.rules import Finding
-from vera_convert.tables import table
 from vera_convert.text import counted, listed, printable
 
 CONFIG_NAME = "config.json"
+_OUTPUTS = frozenset(
+    ("score", "classifier", "qa_outputs", "out_proj", "linear_out", "logits_proj", "logits")
+)
+"""Last path elements of the layer in a head that outputs one value for each label."""
 _CLASSIFIERS = ("Classification", "SemanticSegmentation")
 _QUESTIONS = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
 _OF_TEXTS = "ForSequenceClassification"
 _DEFAULT_LABELS = 2
 """The number of labels that transformers assumes if a config has no labels."""
+_ONE_EMBEDDING = frozenset(
+    """
+    blenderbot blenderbot-small led marian mt5 mvp pegasus pegasus_x pop2piano t5 udop umt5
+    """.split()  # noqa: SIM905 - words read best as a text
+)
+"""The model types of which transformers 4 builds one embedding for encoder and decoder."""
+
 Member = tuple[str, ...]
 """The path of a member of a config: the names of the objects around the member, then the name."""
-
-
-def _facts(name: str) -> list[str]:
-    """Return the names in a list of ``model_config.toml``."""
-    names: str = table(__file__, "model_config.toml")[name]
-    return names.split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +187,7 @@ def _last_outputs(shapes: Mapping[str, tuple[int, ...]], base: BaseModel) -> int
         if name.endswith(".weight") and len(shape) >= 2 and not _is_of_body(name, shape, base)
     }
     if len(outputs) > 1:
-        last = _facts("outputs")
-        named = (path for path in outputs if path.rpartition(".")[2] in last)
+        named = (path for path in outputs if path.rpartition(".")[2] in _OUTPUTS)
         outputs = {path: outputs[path] for path in named}
     return outputs.popitem()[1] if len(outputs) == 1 else None
 
@@ -241,8 +244,7 @@ def _missing_modules(base: BaseModel, changes: Changes, name: str) -> Iterator[F
 def _stacks(base: BaseModel, changes: Changes) -> Iterator[Finding]:
     """Yield a warning if encoder or decoder has an embedding that transformers 4 does not load."""
     replacing = changes.replacing
-    has_one = base.model_type in _facts("one_embedding")
-    for copy, source in tied_copies(base) if has_one else ():
+    for copy, source in tied_copies(base) if base.model_type in _ONE_EMBEDDING else ():
         own, shared = replacing.get(copy), replacing.get(source)
         if own is None or not is_embedding(copy.rpartition(".")[0]):
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,6 @@ from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.model_config import ConfigEdits, config_edits
 from vera_convert.merging.plan import WeightsPlan, plan_weights
 from vera_convert.merging.report import ReplacedTensor, replaced_tensors
-from vera_convert.tables import table
 from vera_convert.text import printable, read_back_differs
 
 
@@ -222,15 +221,38 @@ def model_card(
     ]
     rows = [_row("Base", base, "")]
     rows += [_row("Adapter", location, repr(weight)) for location, weight in adapters]
-    template: Mapping[str, str] = table(__file__, "card.toml")
-    changes = [f"| {_code(each.name)} | {each.change} |" for each in replaced]
-    return (template["card"] + (template["replaced"] if replaced else "")).format(
-        fields="\n".join(fields),
-        adapters="adapters" if len(adapters) > 1 else "adapter",
-        version=__version__,
-        rows="\n".join(rows),
-        changes="\n".join(changes),
+    several = "adapters" if len(adapters) > 1 else "adapter"
+    return "\n".join(
+        [
+            "---",
+            *fields,
+            "---",
+            "",
+            "# Merged model",
+            "",
+            f"The weights of the base plus those of the VeRA {several}, each sum rounded once to",
+            f"the type of its tensor. Made by vera-convert {__version__}; `merge-provenance.json`",
+            "beside this card names every input, option and change.",
+            "",
+            "| | name | revision | weight |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+            *(_replaced(replaced, several) if replaced else ()),
+        ]
     )
+
+
+def _replaced(tensors: Sequence[ReplacedTensor], several: str) -> list[str]:
+    """Return the lines that name the replaced tensors."""
+    return [
+        f"These tensors are not sums; they are the {several}'s own:",
+        "",
+        "| tensor | change |",
+        "| --- | --- |",
+        *(f"| {_code(each.name)} | {each.change} |" for each in tensors),
+        "",
+    ]
 
 
 def _row(kind: str, location: Location, weight: str) -> str:

@@ -20,7 +20,7 @@ from vera_convert.delta import FLOAT64, Array
 from vera_convert.dtypes import SIXTEEN_BIT
 from vera_convert.verification.comparator import LIMIT, Comparator, Comparison, last_bits, rounded
 from vera_convert.verification.pairs import Pair, is_wider
-from vera_convert.verification.roundings import cause_text, intermediate_rounding
+from vera_convert.verification.roundings import intermediate_rounding
 
 _CLEAR = 4.0
 """How many times larger than the rounding errors a delta must be to show."""
@@ -81,12 +81,14 @@ def cause(pair: Pair, comparison: Comparison) -> str:
     if not (np.isfinite(rows.found.astype(FLOAT64)).all() and np.isfinite(rows.weights).all()):
         return ""
     if (np.abs(rows.change) <= rows.noise).all():
-        return cause_text("not_added")
+        return "The weight equals the base's: the delta was not added."
     if float(np.linalg.norm(rows.delta)) >= _CLEAR * rows.noise_norm and _holds_for_rounded(
         pair, rows
     ):
-        stored, dtype = pair.expected.stored.dtype, pair.expected.dtype
-        return cause_text("rounded_base", stored=stored, dtype=dtype)
+        return (
+            f"The base, in {pair.expected.stored.dtype}, was rounded to {pair.expected.dtype} "
+            f"before the delta was added: verify against a base in {pair.expected.dtype}."
+        )
     sentence = intermediate_rounding(rows.comparator, rows.weights, rows.found, rows.first)
     if sentence or float(np.linalg.norm(rows.delta)) < _CLEAR * rows.noise_norm:
         return sentence
@@ -117,12 +119,15 @@ def _of_sizes(pair: Pair, rows: _Rows, comparison: Comparison) -> str:
         last = rows.first + len(rows.change)
         turned = _sum(rows.comparator.transposed_deltas(rows.first, last), rows.change.shape)
         if _explained(rows.change, turned, rows.noise_norm) is not None:
-            return cause_text("transposed")
+            return "The delta was added transposed."
     if sentence := _of_other_adapters(rows):
         return sentence
     norms = float(np.linalg.norm(rows.change) * np.linalg.norm(rows.delta))
     if abs(float(np.vdot(rows.change, rows.delta))) < _UNLIKE * norms:
-        return cause_text("another_matrix")
+        return (
+            "Another matrix was added: the delta of another layer, of another A and B, or of "
+            "another slice of A and B."
+        )
     return ""
 
 
@@ -142,9 +147,15 @@ def _explained(change: Array, delta: Array, noise: float) -> float | None:
 def _multiple(factor: float, pair: Pair, rows: _Rows, comparison: Comparison) -> str:
     """Return the cause of a change that is a multiple of the delta, or nearly the delta."""
     if abs(factor - 2) < _LEFT_OVER:
-        return cause_text("twice")
+        return (
+            "The delta was added twice: a merged model was merged again, or the merge had twice "
+            "this --weight."
+        )
     if abs(factor + 1) < _LEFT_OVER:
-        return cause_text("subtracted")
+        return (
+            "The delta was subtracted, as if the base and the merged model were exchanged, or "
+            "--weight were negative."
+        )
     # The largest change of the factor by rounding alone.
     doubt = _SIGMAS * rows.noise_norm / (3 * rows.noise.size) ** 0.5
     doubt /= float(np.linalg.norm(rows.delta))
@@ -155,7 +166,7 @@ def _multiple(factor: float, pair: Pair, rows: _Rows, comparison: Comparison) ->
         )
         allowed = rows.noise + of_order + doubt * np.abs(rows.delta)
         if abs(factor - 1) > _LEFT_OVER or np.mean(left <= allowed) >= _ALL:
-            return cause_text("times", factor=_shown(factor, doubt))
+            return f"The delta was added {_shown(factor, doubt)} times."
         return ""
     return _of_wider_base(pair, rows, comparison)
 
@@ -181,7 +192,10 @@ def _of_wider_base(pair: Pair, rows: _Rows, comparison: Comparison) -> str:
     fits = np.mean(off <= (rows.noise + base) * (1 + 2**-10)) >= _ALL
     if not fits or comparison.wrong < _MANY_OFF * comparison.values:
         return ""
-    return cause_text("wider_base", stored=stored)
+    return (
+        f"Every value fits a base in a wider dtype than {stored} that was rounded to this "
+        "base. If the model was merged from the wider base, verify against the wider base."
+    )
 
 
 def _holds_for_rounded(pair: Pair, rows: _Rows) -> bool:
@@ -217,7 +231,10 @@ def _of_other_adapters(rows: _Rows) -> str:
             return _of_vectors(inside, delta @ inverse, B, within)
     dimensions = _rank(change, noise)
     if dimensions < min(change.shape) and _rank(change - delta, noise) < dimensions:
-        return cause_text("another_adapter")
+        return (
+            "The delta and another matrix were added: another adapter was merged too. Give that "
+            "adapter with --add."
+        )
     return ""
 
 
@@ -231,9 +248,15 @@ def _of_vectors(inside: Array, own: Array, B: Array, noise: float) -> str:
         noise: the norm of the errors.
     """
     if _is_scaled(inside, B, noise):
-        return cause_text("other_vectors")
+        return (
+            "A delta with the same A and B but other vectors was added: the vectors of another "
+            "layer, of another checkpoint of this adapter, or of another adapter with the same key."
+        )
     if _is_scaled(inside - own, B, noise):
-        return cause_text("another_of_same_A_and_B")
+        return (
+            "The delta and that of another adapter with the same A and B were added: another "
+            "adapter was merged too. Give that adapter with --add."
+        )
     return ""
 
 

@@ -25,7 +25,6 @@ from vera_convert.merging.inputs import MergeInputs, open_inputs
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 from vera_convert.verification.provenance import MergeSettings, Provenance, RecordedAdapter
-from vera_convert.verification.roundings import cause_text
 from vera_convert.verification.tensors import check_tensors
 
 
@@ -161,6 +160,18 @@ def _other_base(base: BaseModel, provenance: Provenance) -> Iterator[Finding]:
 # --- other options -------------------------------------------------------------------------------
 
 
+_SENTENCES = {
+    ProjectionSource.KEY: (
+        "The tensor is right with A and B drawn from the key, as PEFT 0.11 to 0.20 merges: verify "
+        "with --projections key"
+    ),
+    ProjectionSource.FILE: (
+        "The tensor is right with the stored A and B, as PEFT 0.21 merges if save_projection is "
+        "true: verify with --projections file"
+    ),
+}
+
+
 def right_with_other_projections(
     merge: RepeatedMerge, merged: BaseFiles, names: Sequence[str]
 ) -> dict[str, str]:
@@ -176,9 +187,10 @@ def right_with_other_projections(
         other = replace(merge, settings=settings)
         # The two worst tensors rule out most of the others.
         if _right(other, merged, names[:2]):
-            also = "" if dtype == merge.settings.base_dtype else f" --base-dtype {dtype}"
-            sentence = cause_text(projections, base_dtype=also)
-            return dict.fromkeys(_right(other, merged, names), sentence)
+            sentence = _SENTENCES[projections]
+            if dtype != merge.settings.base_dtype:
+                sentence += f" --base-dtype {dtype}"
+            return dict.fromkeys(_right(other, merged, names), f"{sentence}.")
     return _right_as_recorded(merge, merged, names)
 
 
@@ -190,7 +202,10 @@ def _right_as_recorded(
         return {}
     adapters = [replace(each, weight=None) for each in merge.adapters]
     recorded = replace(merge, adapters=adapters, settings=merge.provenance.settings)
-    sentence = cause_text("recorded", flags=" and ".join(merge.settings.given_flags))
+    sentence = (
+        "The tensor is right with the options that merge-provenance.json records: leave out "
+        f"{' and '.join(merge.settings.given_flags)}."
+    )
     return dict.fromkeys(_right(recorded, merged, names), sentence)
 
 

@@ -14,19 +14,12 @@ import numpy as np
 from vera_convert.delta import FLOAT32, Array
 from vera_convert.dtypes import NAMES
 from vera_convert.files.tensorfile import NUMPY_DTYPE
-from vera_convert.tables import table
 from vera_convert.verification.comparator import Comparator, rounded, rounded_to
 
 _AGREES = 0.95
 """The share of differing values to reproduce; the order of summation changes some values."""
 _FEWEST = 8
 _NARROW = {NAMES[header]: NUMPY_DTYPE[header] for header in ("BF16", "F16")}
-
-
-def cause_text(name: str, **values: str) -> str:
-    """Return the sentence about a cause: see ``causes.toml``."""
-    sentence: str = table(__file__, "causes.toml")[name]
-    return sentence.format(**values)
 
 
 def intermediate_rounding(comparator: Comparator, weights: Array, found: Array, first: int) -> str:
@@ -59,18 +52,35 @@ def _procedures(
     last = first + len(weights)
     deltas = [*comparator.deltas(first, last)]
     if len(deltas) > 1:
-        yield cause_text("after_each"), _added(weights, deltas, written, each=True)
+        yield _AFTER_EACH, _added(weights, deltas, written, each=True)
     for name, narrow in _NARROW.items():
         if written.itemsize == 2 and written != narrow:
             continue
         coarse = Comparator(comparator.tensor, narrow)
         products = [*coarse.deltas(first, last)]
         native = [*coarse.deltas_in(first, last, narrow)]
-        rounded_later = {"delta": deltas, "delta_and_vectors": products, "native": native}
-        for cause, added in rounded_later.items():
+        for sentence, added in (
+            (_DELTA, deltas),
+            (_DELTA_AND_VECTORS, products),
+            (_NATIVE, native),
+        ):
             narrowed = [rounded_to(delta, narrow) for delta in added]
-            yield cause_text(cause, dtype=name), _added(weights, narrowed, written, each=True)
-        yield cause_text("vectors", dtype=name), _added(weights, products, written, each=False)
+            yield sentence.format(name), _added(weights, narrowed, written, each=True)
+        yield _VECTORS.format(name), _added(weights, products, written, each=False)
+
+
+_AFTER_EACH = "The sum was rounded after each adapter, as PEFT does."
+_ADVICE = "merge with autocast_adapter_dtype=True, or with vera-convert."
+_DELTA = "The delta was rounded to {} before it was added: " + _ADVICE
+_DELTA_AND_VECTORS = (
+    "The vectors, A and B were rounded to {}, and the delta too before it was added, as PEFT does "
+    "with autocast_adapter_dtype=False: " + _ADVICE
+)
+_NATIVE = (
+    "The delta was computed in {} throughout, as PEFT 0.11 does, and PEFT 0.12 with "
+    "autocast_adapter_dtype=False: " + _ADVICE
+)
+_VECTORS = "The vectors, A and B were rounded to {} before the merge."
 
 
 def _added(weights: Array, deltas: Sequence[Array], written: np.dtype[Any], *, each: bool) -> Array:

@@ -27,7 +27,6 @@ from typing import IO, Any
 
 from vera_convert.arguments import Progress, no_progress
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.tables import table
 from vera_convert.text import printable
 from vera_convert.verification.model_comparison import (
     INSTEAD,
@@ -60,7 +59,7 @@ class Limits:
         memory_per_core: bytes added for each core: libraries reserve memory for each thread.
         memory_factor: bytes added for each byte of the weights. A 16-bit model runs in 32 bits,
             and is briefly in memory twice while it is built: six times the bytes of the weights.
-        times: other times for stages than those of ``running.toml``.
+        times: other times for stages than those of the table below.
     """
 
     memory: int = 4 * _GIB
@@ -69,8 +68,30 @@ class Limits:
     times: Mapping[Stage, Limit] | None = None
 
 
-_TABLE = "running.toml"
-"""The stages and the environment of the child."""
+_STAGES: Mapping[Stage, tuple[str, Limit]] = {
+    Stage.START: ("loading torch and transformers", Limit(300)),
+    Stage.BUILD: ("building a model", Limit(180, 240)),
+    Stage.TEXT: ("turning the text into token ids", Limit(60)),
+    Stage.RUN: ("running a model on a sample", Limit(60, 60)),
+    Stage.MERGE: ("merging the adapters again", Limit(180, 120)),
+}
+"""The words for each stage, and the time: far more than the stage takes on two slow cores with a
+disk that reads 5 MB/s."""
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "USE_HUB_KERNELS": "NO",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TORCH_COMPILE_DISABLE": "1",
+}
+"""The child uses no network, fetches and compiles no kernels, and computes on the CPU."""
+_KEPT_BACK = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HUGGINGFACE_HUB_TOKEN",
+    "OPENBLAS_NUM_THREADS",  # a limit of the program, which would slow PyTorch down on Arm
+)
 _LONGEST_LINE = 1 << 20
 _LOOK_EVERY = 0.1
 """Seconds between two looks at the child, and the time to answer a signal to the parent."""
@@ -107,12 +128,10 @@ def _started(scratch: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start the child, and end the child when the block ends."""
     if not sys.executable:
         raise SurroundingsError(f"no Python interpreter was found to run a model. {INSTEAD}")
-    facts = table(__file__, _TABLE)
-    hidden, fixed = facts["kept_back"]["names"], facts["environment"]
-    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    kept = {name: value for name, value in os.environ.items() if name not in _KEPT_BACK}
     # With -P no file of the working directory replaces a module.
     path = os.pathsep.join(dict.fromkeys(os.path.abspath(p) for p in sys.path if p))  # noqa: PTH100
-    environment = {**kept, **fixed, "PYTHONPATH": path}
+    environment = {**kept, **_ENVIRONMENT, "PYTHONPATH": path}
     environment |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch)
     child = subprocess.Popen(  # noqa: S603 -- our own module, and no shell
         [sys.executable, "-P", "-m", _CHILD],
@@ -159,8 +178,8 @@ def _result(
     threading.Thread(target=_read, args=(child.stdout, lines), daemon=True).start()
     stage, begun = Stage.START, time.monotonic()
     while True:
-        told = table(__file__, _TABLE)["stages"][stage]
-        limit = (limits.times or {}).get(stage) or Limit(told["seconds"], told["seconds_per_gib"])
+        words, usual = _STAGES[stage]
+        limit = (limits.times or {}).get(stage, usual)
         seconds = limit.seconds + limit.seconds_per_gib * weights / _GIB
         try:
             line = lines.get(timeout=_LOOK_EVERY)
@@ -168,12 +187,12 @@ def _result(
             if time.monotonic() <= begun + seconds:
                 continue
             raise SurroundingsError(
-                f"{told['words']} was stopped: it took longer than {seconds:,.0f} s, the limit "
+                f"{words} was stopped: it took longer than {seconds:,.0f} s, the limit "
                 f"for weights of this size. {INSTEAD}"
             ) from None
         said = _document(line)
         if said is None:
-            raise _died(child, told["words"])
+            raise _died(child, words)
         if "result" in said:
             return _comparison(said["result"])
         if "error" in said:

@@ -34,7 +34,6 @@ from vera_convert.files.tensorfile import TensorFile, from_file
 from vera_convert.hub.client import no_network
 from vera_convert.hub.lookup import HubAccess, Location
 from vera_convert.merging.dequantize import Decoder
-from vera_convert.tables import table
 from vera_convert.text import printable
 from vera_convert.verification.model_comparison import INSTEAD
 from vera_convert.verification.running import printable_reason
@@ -42,6 +41,19 @@ from vera_convert.with_torch.arrays import to_tensor
 from vera_convert.with_torch.auto_classes import classes_of, trained_on
 from vera_convert.with_torch.config_fields import known_fields
 
+_COUNTED = ("layer", "depth", "block", "stage", "expert", "label")
+_MOST = 100_000
+"""Parts of the names of fields that count something, and the largest count allowed.
+
+Configs make lists of such a length, and models make as many modules.
+"""
+_COUNTS_LAYERS = re.compile(
+    r"(num|n)_.*(layer|block|stage)s?|.*_layers|(.*_)?depths?|.*layers?_(count|num)|n_layer"
+)
+_COUNTS_EXPERTS = re.compile(r"(num|n)_.*experts?|.*_experts")
+_MORE_LAYERS = 64
+_MORE_EXPERTS = 1024
+"""How many more layers, and experts, than tensors a model can have: experts can share a tensor."""
 _EXTRA_BYTES = 1 << 28
 """How many bytes a model can need beyond the files, for a new head or tables of positions."""
 
@@ -230,11 +242,11 @@ def _counts_too_many(value: object, tensors: int, name: str = "") -> bool:
         return any(_counts_too_many(each, tensors, name) for each in value)
     if not isinstance(value, int):
         return False
-    for each in table(__file__, "config_fields.toml")["counts"]:
-        if re.fullmatch(each["names"], name):
-            limit: int = each["most"] + (tensors if each["beyond_tensors"] else 0)
-            return abs(value) > limit
-    return False
+    if _COUNTS_EXPERTS.fullmatch(name):
+        return abs(value) > tensors + _MORE_EXPERTS
+    if _COUNTS_LAYERS.fullmatch(name):
+        return abs(value) > tensors + _MORE_LAYERS
+    return abs(value) > _MOST and any(word in name for word in _COUNTED)
 
 
 def _too_large(place: str) -> UnfitError:

@@ -51,11 +51,10 @@ from vera_convert.with_torch.compare_quantized import compare_quantized
 from vera_convert.with_torch.layer import VeraLinear
 from vera_convert.with_torch.model import VeraModel
 from vera_convert.with_torch.modules import share_trained
-from vera_convert.with_torch.peft_names import FIELDS_OF
 from vera_convert.with_torch.runs import Runs, loaded_by_peft, wrapped_model
 from vera_convert.with_torch.samples import Outputs
 from vera_convert.with_torch.untying import has_tied_head, scales_logits_here
-from vera_convert.with_torch.verdict import Reference, difference, order_noise, verdict
+from vera_convert.with_torch.verdict import LORA, Reference, difference, order_noise, verdict
 
 
 def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) -> ModelComparison:
@@ -250,6 +249,14 @@ def _round(tensors: Iterable[tuple[Tensor, torch.dtype]]) -> None:
 # --- a LoRA ---------------------------------------------------------------------------------------
 
 
+_FIELDS = (
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"),
+    *("use_rslora", "fan_in_fan_out", "bias", "modules_to_save", "layers_to_transform"),
+    *("layers_pattern", "task_type"),
+)
+"""The fields of PEFT's config that a plain LoRA needs; PEFT gets no other field."""
+
+
 def compare_lora(job: ModelJob, tell: Tell) -> ModelComparison:
     """Compare a base with the adapter, and the same base with the LoRA in PEFT.
 
@@ -274,7 +281,7 @@ def compare_lora(job: ModelJob, tell: Tell) -> ModelComparison:
     with open_lora(job.found) as lora:
         reference = _reference_of_lora(plan, lora, job, runs)
         outputs, failure = _run(lambda: _with_lora(build_model(plan).to(runs.wide), lora), runs)
-        return verdict(plan.name, reference, outputs, failure, kind="lora")
+        return verdict(plan.name, reference, outputs, failure, words=LORA)
 
 
 def _reference_of_lora(plan: Blueprint, lora: ReadLora, job: ModelJob, runs: Runs) -> Reference:
@@ -337,8 +344,7 @@ def _branches(layers: list[tuple[VeraLinear, Tensor, Tensor]]) -> Iterator[None]
 def _with_lora(model: nn.Module, lora: ReadLora) -> nn.Module:
     """Return a model into which PEFT has loaded a LoRA."""
     config: Mapping[str, Any] = lora.config or {}
-    needed = FIELDS_OF["LoraConfig"].split()
-    fields = {name: config[name] for name in needed if config.get(name) is not None}
+    fields = {name: config[name] for name in _FIELDS if config.get(name) is not None}
     stored = [each for layer in lora.layers.values() for each in (layer.lora_A, layer.lora_B)]
     tensors = [*stored, *lora.others.values()]
     return loaded_by_peft(model, "LoraConfig", fields, tensors)

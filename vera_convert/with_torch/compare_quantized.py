@@ -32,12 +32,17 @@ from vera_convert.errors import SurroundingsError
 from vera_convert.verification.model_comparison import ModelJob, QuantizedComparison, Stage
 from vera_convert.with_torch.build import Blueprint, UnfitError, as_stored, build_model, guarded
 from vera_convert.with_torch.config_fields import known_fields
-from vera_convert.with_torch.peft_names import FIELDS_OF
 from vera_convert.with_torch.runs import Runs, loaded_by_peft, wrapped_model
 from vera_convert.with_torch.samples import Outputs
 from vera_convert.with_torch.verdict import Reference
 
 _SIGMAS = 6.0
+_FIELDS = (
+    *("r", "target_modules", "projection_prng_key", "save_projection", "vera_dropout", "bias"),
+    *("d_initial", "fan_in_fan_out", "modules_to_save", "init_weights", "task_type"),
+    *("layers_to_transform", "layers_pattern"),
+)
+"""The fields of an adapter's config that PEFT gets."""
 
 
 def compare_quantized(
@@ -113,7 +118,7 @@ def _real(plan: Blueprint, packed: Unpacked, job: ModelJob) -> nn.Module:
             module.support_avx512bf16_for_cpu = False
     ((adapter_folder, _),) = job.adapters
     with open_adapter(adapter_folder) as adapter:
-        config = {name: getattr(adapter.config, name) for name in FIELDS_OF["VeraConfig"].split()}
+        config = {name: getattr(adapter.config, name) for name in _FIELDS}
         for name in ("target_modules", "modules_to_save", "layers_to_transform"):
             config[name] = list(v) if isinstance(v := config[name], tuple) else v
         return loaded_by_peft(model.eval(), "VeraConfig", config, adapter.tensors).eval()

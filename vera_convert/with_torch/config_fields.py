@@ -18,8 +18,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vera_convert.tables import table
+_NEVER = frozenset(
+    """
+    attribute_map auto_map attn_implementation experts_implementation fusion_config
+    transformers_weights quantization_config use_pretrained_backbone name_or_path base_config_key
+    sub_configs sub_configs_defaults model_type extra_files extra_config_files
+    """.split()  # noqa: SIM905 - words read best as a text
+)
+"""Names that are always left out, like all names with a leading `_`, even if a class declares one.
 
+`model_type` selects the class that reads a config, and is not a field of the class.
+"""
 _POPPED = re.compile(r"(?:kwargs|config_dict)\.(?:pop|get)\(\s*[\"'](\w+)")
 _READ = re.compile(r"(?<=config\.)[a-zA-Z]\w*|(?<=config, [\"'])[a-zA-Z]\w*")
 _QUOTED = re.compile(r"(?<=[\"'])[a-zA-Z]\w*(?=[\"'])")
@@ -100,7 +109,7 @@ def _plain(value: object, depth: int) -> object:
 
 
 def _is_forbidden(name: str) -> bool:
-    return name.startswith("_") or name in table(__file__, "config_fields.toml")["never"].split()
+    return name.startswith("_") or name in _NEVER
 
 
 @cache

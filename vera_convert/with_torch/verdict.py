@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vera_convert.tables import table
 from vera_convert.verification.model_comparison import ModelComparison
 from vera_convert.with_torch.samples import Outputs
 
@@ -59,13 +58,39 @@ class Reference:
     wrapped_is_merged: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The words for the compared model, in the reasons of a verdict.
+
+    Attributes:
+        found: the compared model, at the beginning of a sentence.
+        own: our own result, made without the compared files or without PEFT.
+        loss: the cause of a correct model's differences; ``{}`` stands for the dtype.
+        result: the compared result, after "a".
+    """
+
+    found: str = "The merged model"
+    own: str = "our own merge of this base and these adapters"
+    loss: str = "rounding to {}"
+    result: str = "merge"
+
+
+MERGED = Words()
+LORA = Words(
+    "The base with the LoRA in PEFT",
+    "the base with the LoRA's factors",
+    "the LoRA's own error",
+    "LoRA",
+)
+
+
 def verdict(
     name: str,
     reference: Reference,
     merged: Outputs | None,
     failure: str = "",
     *,
-    kind: str = "merged",
+    words: Words = MERGED,
 ) -> ModelComparison:
     """Compare the outputs of the merged model with the reference.
 
@@ -74,7 +99,7 @@ def verdict(
         reference: the outputs to compare with.
         merged: the outputs of the merged model; None if the model could not be run.
         failure: why the model could not be run.
-        kind: the compared model: ``merged`` or ``lora``.
+        words: the words for the compared model.
     """
     wrapped = reference.wrapped
     are_logits = wrapped.are_logits
@@ -98,12 +123,9 @@ def verdict(
         passed=False,
         reason="",
     )
-    texts = table(__file__, "verdict.toml")
-    wrong = next(_errors(found, is_finite=wrapped.are_finite), "")
-    doubt = "" if failure or wrong else next(_doubts(found, reference), "")
-    words = {**texts[kind], "loss": texts[kind]["loss"].format(found=found)}
-    sentence = (texts["wrong"] | texts["doubt"]).get(wrong or doubt, "")
-    reason = failure or sentence.format(found=found, **words)
+    wrong = failure or next(_errors(found, words, is_finite=wrapped.are_finite), "")
+    doubt = "" if wrong else next(_doubts(found, reference, words), "")
+    reason = wrong or doubt
     return replace(found, conclusive=not doubt, passed=not reason, reason=reason)
 
 
@@ -163,29 +185,52 @@ def _limit_of_agreement(reference: Reference, order: float) -> float:
 # --- reasons -------------------------------------------------------------------------------------
 
 
-def _errors(found: ModelComparison, *, is_finite: bool) -> Iterator[str]:
-    """Yield the names of the errors of the compared model, most telling first."""
+def _doubts(found: ModelComparison, reference: Reference, words: Words) -> Iterator[str]:
+    """Yield the reasons why a merged model without a known error is still not proven correct."""
+    if not reference.calls_layers:
+        yield (
+            "This model reads the weights of its adapted layers instead of calling the layers, so "
+            "the adapter has less effect than the merge. The merged model could therefore not be "
+            "compared with the base and its adapter; it computes the same as our own merge."
+        )
+    if difference(reference.remerged, reference.base) <= found.threshold_remerged:
+        yield (
+            f"The adapters change the outputs for these samples by at most {found.effect:.3g}, so "
+            f"a {words.result} without effect would pass too."
+        )
+
+
+def _errors(found: ModelComparison, words: Words, *, is_finite: bool) -> Iterator[str]:
+    """Yield why the merged model differs from the base with its adapters, most telling first."""
+    loss = words.loss.format(found.dtype)
     if not is_finite:
-        yield "reference_not_finite"
+        yield "The base with the adapters gives infinite values or NaN, which proves nothing."
     if math.isinf(found.largest_difference):
-        yield "not_finite"
+        yield f"{words.found} gives infinite values or NaN, or values of another shape."
     if found.remerged_difference > found.threshold_remerged:
-        yield "remerged"
+        yield (
+            f"{words.found} differs from {words.own} by "
+            f"{found.remerged_difference:.1e} (limit {found.threshold_remerged:.1e}: order of "
+            f"summation; the adapters change the outputs by {found.effect:.1e})."
+        )
     if found.largest_difference > found.threshold_difference:
-        yield "wrapped"
+        yield (
+            f"{words.found} differs from the base with its adapters by "
+            f"{found.largest_difference:.1e} (limit {found.threshold_difference:.1e}: "
+            f"{loss})."
+        )
     if found.kl is not None and found.threshold_kl is not None and found.kl > found.threshold_kl:
-        yield "distributions"
+        yield (
+            f"{words.found} gives distributions that diverge from those of the base with its "
+            "adapters by "
+            f"{found.kl:.1e} nats (limit {found.threshold_kl:.1e}: {loss})."
+        )
     top1, least = found.top1, found.threshold_top1
     if top1 is not None and least is not None and top1 < least:
-        yield "top_token"
-
-
-def _doubts(found: ModelComparison, reference: Reference) -> Iterator[str]:
-    """Yield the names of the reasons why a model without a known error is not proven correct."""
-    if not reference.calls_layers:
-        yield "skips_layers"
-    if difference(reference.remerged, reference.base) <= found.threshold_remerged:
-        yield "no_effect"
+        yield (
+            f"{words.found} gives the same top token at {top1:.1%} of the positions (limit "
+            f"{least:.1%}: {loss})."
+        )
 
 
 # --- differences ---------------------------------------------------------------------------------
