@@ -81,7 +81,9 @@ def _call(function: Callable[..., None], given: Mapping[str, Any], options: Comm
     named = {**vars(options), **given}
     context.meta.update({f"vera_convert.{name}": named.get(name) for name in NAMED_AGAIN})
     if options.verbose:
-        _log_everything()
+        import logging
+
+        logging.getLogger("vera_convert").setLevel(logging.INFO)
     with _naming_flags(context.command), _naming_order(given), progress_of_parts(options):
         function(*given.values(), options)
 
@@ -121,9 +123,3 @@ def flags_of(names: Iterable[str]) -> str:
 
 def _flags(command: click.Command) -> dict[str, str]:
     return {str(each.name): name_of(each) for each in command.params}
-
-
-def _log_everything() -> None:
-    import logging
-
-    logging.getLogger("vera_convert").setLevel(logging.INFO)

@@ -13,10 +13,6 @@ from vera_convert.validation.result import Checked
 _ABSOLUTE = re.compile(r"/|[A-Za-z]:/")
 
 
-def _folder(path: str) -> PurePosixPath:
-    return PurePosixPath(path.replace(os.sep, "/"))
-
-
 def file_name(finding: Finding) -> str:
     """Return the file of the adapter's folder that shows a finding best, with ``/``."""
     named = _inside(finding.file) if finding.file is not None else None
@@ -41,7 +37,7 @@ def file_path(checked: Checked, finding: Finding) -> str | None:
     """Return the path of `file_name` as the folder was given; None on the Hub."""
     if checked.path is None:
         return None
-    return str(_folder(checked.path) / file_name(finding))
+    return str(PurePosixPath(checked.path.replace(os.sep, "/")) / file_name(finding))
 
 
 def file_uri(checked: Checked, finding: Finding) -> str:

@@ -216,11 +216,12 @@ def lora_text(result: LoraConversion) -> str:
     verb = "wrote" if result.written else "would write"
     out = printable(str(result.out))
     drawn = f", {result.draw.description}" if result.draw is not None else ""
+    zeros = f", {plan.filled:,} of them zeros" if plan.filled else ""
     space = f"{result.size:,} bytes needed, {result.free:,} free"
     return labelled(
         (verb, f"{out}, a LoRA for {engine.title}, {result.size:,} bytes of weights"),
         ("adapter", printable(result.adapter)),
-        ("layers", f"{len(plan.layers):,}{_filled(plan.filled)}, named {_naming(result)}"),
+        ("layers", f"{len(plan.layers):,}{zeros}, named {_naming(result)}"),
         ("rank", f"{plan.rank}{_why(result)}"),
         ("A and B", f"{origin_text(result.origin)}{drawn}"),
         ("error", _error(result)),
@@ -229,10 +230,6 @@ def lora_text(result: LoraConversion) -> str:
         ("space", None if result.written else space),
         ("serve with", printable_whole(result.server_arguments)),
     )
-
-
-def _filled(count: int) -> str:
-    return f", {count:,} of them zeros" if count else ""
 
 
 def _naming(result: LoraConversion) -> str:

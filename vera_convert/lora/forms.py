@@ -139,7 +139,10 @@ class Extras:
 def extras_of(adapter: Adapter) -> Extras:
     """Sort the tensors of an adapter, vectors aside: heads, biases, copies of the base."""
     saved = SavedModules(adapter.config)
-    modules = {each: _names_of(each, saved) for each in adapter.trained_replacements}
+    modules = {
+        each: saved.of(replaced_name(each.name).rpartition(".")[0])
+        for each in adapter.trained_replacements
+    }
     biases = [each for each, names in modules.items() if _is_bias(each) and not names]
     heads = [each for each, names in modules.items() if names or not _is_bias(each)]
     stored = {name for names in modules.values() for name in names}
@@ -154,10 +157,6 @@ def extras_of(adapter: Adapter) -> Extras:
 
 def _is_bias(tensor: TensorData) -> bool:
     return tensor.name.rpartition(".")[2] == "bias"
-
-
-def _names_of(tensor: TensorData, saved: SavedModules) -> frozenset[str]:
-    return saved.of(replaced_name(tensor.name).rpartition(".")[0])
 
 
 # --- PEFT ----------------------------------------------------------------------------------------

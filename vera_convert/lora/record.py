@@ -101,6 +101,7 @@ def lora_card(source: LoraSource, plan: LoraPlan, weights: str, *, base: Locatio
     """
     location, config, options = source.location, source.adapter.config, source.options
     name, trained_on = location.name, config.base_model_name_or_path
+    code = printable(name).replace("`", "'")
     known = trained_on is not None and is_repo_id(trained_on)
     fields = [f"base_model: {json.dumps(printable(trained_on or ''))}"] if known else []
     commit = f" at commit `{location.commit}`" if location.commit else ""
@@ -118,7 +119,7 @@ def lora_card(source: LoraSource, plan: LoraPlan, weights: str, *, base: Locatio
             f"# LoRA of {printable(name)}",
             "",
             f"A LoRA of rank {plan.rank} in {options.dtype} for {options.target.title}: {kind}",
-            f"the VeRA adapter `{_code(name)}`{commit} of rank {config.r}.",
+            f"the VeRA adapter `{code}`{commit} of rank {config.r}.",
             f"Made by vera-convert {__version__}:",
             "",
             "```",
@@ -153,7 +154,3 @@ def _command(source: LoraSource, base: Location | None) -> str:
 
 def _flag(option: str) -> str:
     return "--for" if option == "engine" else f"--{option.replace('_', '-')}"
-
-
-def _code(text: str) -> str:
-    return printable(text).replace("`", "'")
