@@ -24,7 +24,6 @@ from vera_convert.cli.options import (
     GeneratorChoice,
     ProjectionChoice,
     flag,
-    listed_choices,
     option,
 )
 from vera_convert.cli.output import print_result, progress_bar, show, tell, warn
@@ -79,29 +78,19 @@ def embed(adapter: str, out: Path, options: EmbedOptions) -> None:
 
 
 class MigrateOptions(StripOptions):
-    """Options of `migrate`."""
+    """Options of `migrate`.
 
-    to: str = option(
-        OUTPUT,
-        "FORM",
-        "The form of OUT: embedded, with A and B; stripped, without; asis, the form of ADAPTER.",
-        type=Choice(("embedded", "stripped", "asis")),
-    )
-    recursive: bool = flag(
-        INPUT, "Migrate every adapter in the folder ADAPTER into the same subfolder of OUT."
-    )
-    base_for: tuple[tuple[str, str], ...] = option(
-        INPUT,
-        "NAME=MODEL",
-        "Use MODEL for the adapters whose config calls their base NAME.",
-        type=NAMED_BASE,
-    )
-    peft_version: tuple[int, ...] | None = option(
-        OUTPUT,
-        "VERSION",
-        "Write a config for this version of PEFT, such as 0.13.",
-        type=PEFT_VERSION,
-    )
+    Attributes:
+        to: The form of OUT: embedded, with A and B; stripped, without; asis, the form of ADAPTER.
+        recursive: Migrate every adapter in the folder ADAPTER into the same subfolder of OUT.
+        base_for: Use MODEL for the adapters whose config calls their base NAME.
+        peft_version: Write a config for this version of PEFT, such as 0.13.
+    """
+
+    to: str = option(OUTPUT, "FORM", type=Choice(("embedded", "stripped", "asis")))
+    recursive: bool = flag(INPUT)
+    base_for: tuple[tuple[str, str], ...] = option(INPUT, "NAME=MODEL", type=NAMED_BASE)
+    peft_version: tuple[int, ...] | None = option(OUTPUT, "VERSION", type=PEFT_VERSION)
 
     def base_options(self) -> BaseOptions:
         """Return the library's record of the base, with the bases of --base-for."""
@@ -149,36 +138,31 @@ _ENGINES = tuple(name.value for name in EngineName)
 
 
 class LoraChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, ForceChoice):
-    """Options of `to-lora`."""
+    """Options of `to-lora`.
 
-    engine: str = option(
-        LORA,
-        "ENGINE",
-        f"The engine that will load the LoRA: {listed_choices(_ENGINES)}.",
-        "--for",
-        default="peft",
-        type=Choice(_ENGINES),
-    )
-    rank: int | None = option(
-        LORA, "R", "Write the best LoRA of this rank (default: the rank of an exact LoRA)."
-    )
-    max_error: float | None = option(
-        LORA, "E", "Write the smallest rank whose relative error is at most E in every layer."
-    )
-    accept_error: bool = flag(LORA, "Write even if the relative error of a layer is above 0.5.")
-    fill_layers: bool = flag(
-        LORA, "Write zeros for layers that the engine needs and ADAPTER leaves out."
-    )
-    drop_head: bool = flag(LORA, "Leave out modules_to_save and trained biases.")
-    check: bool = flag(CHECK, "Read every written byte back, and compare.")
+    Attributes:
+        engine: The engine that will load the LoRA: {first} (default), {others}.
+        rank: Write the best LoRA of this rank (default: the rank of an exact LoRA).
+        max_error: Write the smallest rank whose relative error is at most E in every layer.
+        accept_error: Write even if the relative error of a layer is above 0.5.
+        fill_layers: Write zeros for layers that the engine needs and ADAPTER leaves out.
+        drop_head: Leave out modules_to_save and trained biases.
+        check: Read every written byte back, and compare.
+        dtype: Store the LoRA in this dtype: float32 (default), bfloat16, float16.
+        dry_run: Measure and print the result, and write nothing.
+    """
+
+    engine: str = option(LORA, "ENGINE", "--for", default="peft", type=Choice(_ENGINES))
+    rank: int | None = option(LORA, "R")
+    max_error: float | None = option(LORA, "E")
+    accept_error: bool = flag(LORA)
+    fill_layers: bool = flag(LORA)
+    drop_head: bool = flag(LORA)
+    check: bool = flag(CHECK)
     dtype: str = option(
-        OUTPUT,
-        "DTYPE",
-        "Store the LoRA in this dtype: float32 (default), bfloat16, float16.",
-        default="float32",
-        type=Dtype(("float32", "bfloat16", "float16")),
+        OUTPUT, "DTYPE", default="float32", type=Dtype(("float32", "bfloat16", "float16"))
     )
-    dry_run: bool = flag(OUTPUT, "Measure and print the result, and write nothing.")
+    dry_run: bool = flag(OUTPUT)
 
 
 @command(LoraChoices, adapter_argument(), out_argument(OUT_FOLDER))
@@ -200,17 +184,20 @@ def to_lora(adapter: str, out: Path, options: LoraChoices) -> None:
 
 
 class RegenerateOptions(DimsChoice, GeneratorChoice, ForceChoice):
-    """Options of `regenerate`."""
+    """Options of `regenerate`.
 
-    adapter: str | None = option(INPUT, "ADAPTER", "Regenerate A and B of this adapter.", "--for")
-    rank: int | None = option(PROJECTIONS, "R", "Rows of A and columns of B.")
-    key: int | None = option(PROJECTIONS, "N", "The seed, projection_prng_key (default: 0).")
+    Attributes:
+        adapter: Regenerate A and B of this adapter.
+        rank: Rows of A and columns of B.
+        key: The seed, projection_prng_key (default: 0).
+        rounding: Round A and B as PEFT does on a base of this dtype: bfloat16, float16.
+    """
+
+    adapter: str | None = option(INPUT, "ADAPTER", "--for")
+    rank: int | None = option(PROJECTIONS, "R")
+    key: int | None = option(PROJECTIONS, "N")
     rounding: str | None = option(
-        PROJECTIONS,
-        "DTYPE",
-        "Round A and B as PEFT does on a base of this dtype: bfloat16, float16.",
-        "--round",
-        type=Dtype(("bfloat16", "float16")),
+        PROJECTIONS, "DTYPE", "--round", type=Dtype(("bfloat16", "float16"))
     )
 
 

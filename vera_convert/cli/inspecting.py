@@ -18,7 +18,6 @@ from vera_convert.cli.options import (
     CommonOptions,
     ProjectionChoice,
     flag,
-    listed_choices,
     option,
 )
 from vera_convert.cli.output import columns, in_color, print_document, say, show, tell
@@ -51,47 +50,31 @@ def info(adapter: str, options: InfoOptions) -> None:
 
 
 class ValidateOptions(AdapterOptions):
-    """Options of `validate`."""
+    """Options of `validate`.
 
-    base: str | None = option(
-        INPUT, "MODEL", "Check the adapters against this model, a folder or a repo on the Hub."
-    )
-    recursive: bool = flag(
-        INPUT, "Check every adapter in the folders given and in their subfolders."
-    )
-    deep: bool = flag(CHECK, "Download the weights of repos too, and regenerate A and B.")
-    select: tuple[tuple[str, ...], ...] = option(
-        CHECK,
-        "CODE[,CODE]",
-        "Report these codes only; V2 stands for all codes that begin with V2.",
-        type=CODES,
-    )
-    ignore: tuple[tuple[str, ...], ...] = option(
-        CHECK,
-        "CODE[,CODE]",
-        "Leave out these codes, and the codes that pyproject.toml ignores.",
-        type=CODES,
-    )
-    fail_on: str | None = option(
-        CHECK,
-        "SEVERITY",
-        "The least severity that makes the exit status 1: error (default), warning.",
-        type=Choice(("error", "warning")),
-    )
-    rules: bool = flag(CHECK, "List every rule, and check nothing.")
-    explain: tuple[str, ...] | None = option(
-        CHECK, "CODE", "Explain a rule, and check nothing.", type=CODES
-    )
-    form: str | None = option(
-        OUTPUT,
-        "FORMAT",
-        f"Format of the report: {listed_choices(RENDERERS)}.",
-        "--format",
-        type=Choice((*RENDERERS,)),
-    )
-    output: Path | None = option(
-        OUTPUT, "FILE", "Write the report to FILE, and print the text for people."
-    )
+    Attributes:
+        base: Check the adapters against this model, a folder or a repo on the Hub.
+        recursive: Check every adapter in the folders given and in their subfolders.
+        deep: Download the weights of repos too, and regenerate A and B.
+        select: Report these codes only; V2 stands for all codes that begin with V2.
+        ignore: Leave out these codes, and the codes that pyproject.toml ignores.
+        fail_on: The least severity that makes the exit status 1: error (default), warning.
+        rules: List every rule, and check nothing.
+        explain: Explain a rule, and check nothing.
+        form: Format of the report: {first} (default), {others}.
+        output: Write the report to FILE, and print the text for people.
+    """
+
+    base: str | None = option(INPUT, "MODEL")
+    recursive: bool = flag(INPUT)
+    deep: bool = flag(CHECK)
+    select: tuple[tuple[str, ...], ...] = option(CHECK, "CODE[,CODE]", type=CODES)
+    ignore: tuple[tuple[str, ...], ...] = option(CHECK, "CODE[,CODE]", type=CODES)
+    fail_on: str | None = option(CHECK, "SEVERITY", type=Choice(("error", "warning")))
+    rules: bool = flag(CHECK)
+    explain: tuple[str, ...] | None = option(CHECK, "CODE", type=CODES)
+    form: str | None = option(OUTPUT, "FORMAT", "--format", type=Choice((*RENDERERS,)))
+    output: Path | None = option(OUTPUT, "FILE")
 
 
 @command(ValidateOptions, adapter_argument("adapters", nargs=-1, metavar="ADAPTER..."))
@@ -223,20 +206,22 @@ def _show_rules(adapters: tuple[str, ...], options: ValidateOptions) -> None:
 
 
 class CountOptions(CommonOptions):
-    """Options of `count`."""
+    """Options of `count`.
 
-    config: Path | None = option(INPUT, "FILE", "The config.json of a model.")
-    base: str | None = option(INPUT, "MODEL", "A model, a folder or a repo on the Hub.")
-    base_revision: str | None = option(INPUT, "REV", "Branch, tag or commit of the model's repo.")
-    rank: int = option(INPUT, "R", "The rank of the adapter.")
-    targets: tuple[tuple[str, ...], ...] = option(
-        INPUT,
-        "NAME[,NAME]",
-        "Layers to adapt, as in target_modules, or all-linear (default: PEFT's default targets "
-        "for the model).",
-        "--target",
-        type=NAMES,
-    )
+    Attributes:
+        config: The config.json of a model.
+        base: A model, a folder or a repo on the Hub.
+        base_revision: Branch, tag or commit of the model's repo.
+        rank: The rank of the adapter.
+        targets: Layers to adapt, as in target_modules, or all-linear (default: PEFT's default
+            targets for the model).
+    """
+
+    config: Path | None = option(INPUT, "FILE")
+    base: str | None = option(INPUT, "MODEL")
+    base_revision: str | None = option(INPUT, "REV")
+    rank: int = option(INPUT, "R")
+    targets: tuple[tuple[str, ...], ...] = option(INPUT, "NAME[,NAME]", "--target", type=NAMES)
 
 
 @command(CountOptions)

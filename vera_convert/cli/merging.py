@@ -17,7 +17,6 @@ from vera_convert.cli.options import (
     OUTPUT,
     PROJECTIONS,
     SOURCES,
-    TIED_CHOICES,
     AdapterOptions,
     ForceChoice,
     GeneratorChoice,
@@ -25,38 +24,34 @@ from vera_convert.cli.options import (
     ProjectionChoice,
     flag,
     option,
-    with_help,
 )
 from vera_convert.cli.output import progress_bar, show, shown_command, tell
 from vera_convert.cli.refusals import with_number_of_others, without_token
-from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import CheckpointError, is_resumable
 
 
 class MergeChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, MergeChoice, ForceChoice):
-    """Options of `merge`."""
+    """Options of `merge`.
 
-    labels: str | None = option(METHOD, "A,B,...", "Names of the labels of a classifier.")
-    architecture: str | None = option(
-        METHOD, "CLASS", "Class of the merged model, if the adapter adds an output head."
-    )
-    device: str = option(
-        METHOD,
-        "DEVICE",
-        "Where to compute: cpu (default) or, with the extra torch, cuda or cuda:N.",
-        default="cpu",
-    )
-    max_shard_size: str | None = option(
-        OUTPUT,
-        "SIZE",
-        "Write shards of at most this size, such as 5GB (default: the base's shards).",
-    )
-    check: bool = flag(CHECK, "Read back every byte, not only headers; report on all values.")
-    checksums: bool = flag(CHECK, "Record the SHA-256 of every file.")
-    resume: bool = flag(
-        OUTPUT, "Continue a run that failed; if this run fails, keep the finished shards."
-    )
-    dry_run: bool = flag(OUTPUT, "Print the plan, and write nothing.")
+    Attributes:
+        labels: Names of the labels of a classifier.
+        architecture: Class of the merged model, if the adapter adds an output head.
+        device: Where to compute: cpu (default) or, with the extra torch, cuda or cuda:N.
+        max_shard_size: Write shards of at most this size, such as 5GB (default: the base's shards).
+        check: Read back every byte, not only headers; report on all values.
+        checksums: Record the SHA-256 of every file.
+        resume: Continue a run that failed; if this run fails, keep the finished shards.
+        dry_run: Print the plan, and write nothing.
+    """
+
+    labels: str | None = option(METHOD, "A,B,...")
+    architecture: str | None = option(METHOD, "CLASS")
+    device: str = option(METHOD, "DEVICE", default="cpu")
+    max_shard_size: str | None = option(OUTPUT, "SIZE")
+    check: bool = flag(CHECK)
+    checksums: bool = flag(CHECK)
+    resume: bool = flag(OUTPUT)
+    dry_run: bool = flag(OUTPUT)
 
 
 @command(
@@ -97,51 +92,34 @@ def _telling_how_to_continue() -> Iterator[None]:
 
 
 class VerifyChoices(AdapterOptions, GeneratorChoice, MergeChoice):
-    """Options of `verify`; an option left out has the value that the merge recorded."""
+    """Options of `verify`; an option left out has the value that the merge recorded.
 
-    other: str | None = option(
-        INPUT, "OTHER", "The stripped, embedded or migrated adapter to check.", "--adapter"
-    )
-    merged: str | None = option(INPUT, "MODEL", "The merged model to check.")
-    lora: str | None = option(INPUT, "LORA", "The LoRA to check.")
-    weight: float | None = with_help(
-        MergeChoice, "weight", "The factor of the adapter's delta (default: as recorded, else 1)."
-    )
-    add: tuple[str, ...] = with_help(
-        MergeChoice,
-        "add",
-        "Another adapter of the merge, and the factor W (default: as recorded, else 1).",
-    )
-    tied: str | None = with_help(
-        MergeChoice,
-        "tied",
-        "How an output head tied to the embedding was merged (default: as recorded): "
-        f"{TIED_CHOICES}.",
-    )
-    dequantize: bool | None = with_help(
-        MergeChoice,
-        "dequantize",
-        "The merge turned a quantized base into a 16-bit model (default: as recorded).",
-    )
-    dtype: str | None = with_help(
-        MergeChoice,
-        "dtype",
-        f"The dtype of the merged float tensors: {', '.join(FLOAT_NAMES)} (default: as recorded, "
-        "else the dtype of each tensor in the base).",
-    )
-    projections: str | None = option(
-        PROJECTIONS,
-        "SOURCE",
-        "Which A and B were merged: auto, file or key (default: as the merge recorded, else auto).",
-        type=SOURCES,
-    )
-    samples: int | None = option(
-        CHECK, "N", "Number of sequences to run both models on (default: 8)."
-    )
-    text: Path | None = option(
-        CHECK, "FILE", "Take the sequences from this text (default: random token ids)."
-    )
-    layers_only: bool = flag(CHECK, "Compare the weights alone; torch is not needed.")
+    Attributes:
+        other: The stripped, embedded or migrated adapter to check.
+        merged: The merged model to check.
+        lora: The LoRA to check.
+        weight: The factor of the adapter's delta (default: as recorded, else 1).
+        add: Another adapter of the merge, and the factor W (default: as recorded, else 1).
+        tied: How an output head tied to the embedding was merged (default: as recorded): add
+            changes the embedding too, as PEFT's merge does; untie gives the head a tensor of its
+            own.
+        dequantize: The merge turned a quantized base into a 16-bit model (default: as recorded).
+        dtype: The dtype of the merged float tensors: {choices} (default: as recorded, else the
+            dtype of each tensor in the base).
+        projections: Which A and B were merged: auto, file or key (default: as the merge recorded,
+            else auto).
+        samples: Number of sequences to run both models on (default: 8).
+        text: Take the sequences from this text (default: random token ids).
+        layers_only: Compare the weights alone; torch is not needed.
+    """
+
+    other: str | None = option(INPUT, "OTHER", "--adapter")
+    merged: str | None = option(INPUT, "MODEL")
+    lora: str | None = option(INPUT, "LORA")
+    projections: str | None = option(PROJECTIONS, "SOURCE", type=SOURCES)
+    samples: int | None = option(CHECK, "N")
+    text: Path | None = option(CHECK, "FILE")
+    layers_only: bool = flag(CHECK)
 
 
 @command(VerifyChoices, adapter_argument())

@@ -8,7 +8,8 @@ options of a single command stand beside the command.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -85,55 +86,64 @@ class Options:
         return kind(**self.given(*(name for name in fields if name in vars(self))))
 
 
-def listed_choices(choices: Iterable[str]) -> str:
-    """Return the choices for a help text; the first is the default."""
-    first, *others = choices
-    return ", ".join((f"{first} (default)", *others))
-
-
-def option(group: str, metavar: str | None, text: str, *flags: str, **attributes: Any) -> Any:
+def option(group: str, metavar: str | None, *flags: str, **attributes: Any) -> Any:
     """Declare an option as an attribute of a class.
 
-    The annotation of the attribute says whether the option must be given. An option that can be
-    None may be left out, and an option with a tuple may be given several times. Any other option
-    without a default is required.
+    The docstring of the class, or of a class that inherits the option, has the help. The annotation
+    of the attribute says whether the option must be given. An option that can be None may be left
+    out, and an option with a tuple may be given several times. Any other option without a default
+    is required.
 
     Args:
         group: the group in which a help lists the option.
         metavar: the name of the value in the help.
-        text: the text of the help.
         flags: the option's names; by default, the name of the attribute, with ``--`` and hyphens.
         attributes: further arguments of `click.Option`, such as a ``default``, or a ``type`` other
             than the annotation's.
     """
-    return Declared(group, flags, {"metavar": metavar, "help": text, **attributes})
+    return Declared(group, flags, {"metavar": metavar, **attributes})
 
 
-def with_help(options: type[Options], name: str, text: str) -> Any:
-    """Return an option of a class with another text in the help."""
-    declared: Declared = vars(options)[name]
-    return declared._replace(attributes={**declared.attributes, "help": text})
-
-
-def flag(group: str, text: str, *flags: str) -> Any:
+def flag(group: str, *flags: str) -> Any:
     """Declare an option without a value; left out, the option is None or False."""
-    return option(group, None, text, *flags, is_flag=True)
+    return option(group, None, *flags, is_flag=True)
 
 
 def parameters(options: type[Options]) -> list[Option]:
     """Return an option of click for each option that a class declares, sorted by group."""
-    made = {
-        name: Option(
+    texts: dict[str, str] = {}
+    declared: dict[str, tuple[Declared, str]] = {}
+    for kind in reversed(options.__mro__):
+        texts |= _texts(kind)
+        for name, each in vars(kind).items():
+            if isinstance(each, Declared):
+                declared[name] = each, kind.__annotations__[name]
+    made = [
+        Option(
             name,
             *(each.flags or (f"--{name.replace('_', '-')}",)),
             group=each.group,
-            **_attributes(each, kind.__annotations__[name]),
+            help=_with_choices(texts.get(name, ""), each.attributes.get("type")),
+            **_attributes(each, annotation),
         )
-        for kind in reversed(options.__mro__)
-        for name, each in vars(kind).items()
-        if isinstance(each, Declared)
-    }
-    return sorted(made.values(), key=lambda option: TITLES.index(option.group))
+        for name, (each, annotation) in declared.items()
+    ]
+    return sorted(made, key=lambda option: TITLES.index(option.group))
+
+
+def _texts(kind: type) -> dict[str, str]:
+    """Return the help of each option that the docstring of a class describes."""
+    _, _, described = (kind.__doc__ or "").partition("Attributes:\n")
+    found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", described, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+def _with_choices(text: str, kind: object) -> str:
+    """Return a help with the choices of a value in the places for the choices."""
+    if not isinstance(kind, Choice):
+        return text
+    first, *others = kind.choices
+    return text.format(choices=", ".join(kind.choices), first=first, others=", ".join(others))
 
 
 def _attributes(declared: Declared, annotation: str) -> dict[str, Any]:
@@ -155,23 +165,27 @@ def _attributes(declared: Declared, annotation: str) -> dict[str, Any]:
 
 
 class CommonOptions(Options):
-    """The access to the Hub, and the output on the terminal: options of every command."""
+    """The access to the Hub, and the output on the terminal: options of every command.
 
-    token: str | None = option(HUB, "TOKEN", "Access token for the Hub (default: HF_TOKEN).")
-    cache_dir: Path | None = option(HUB, "DIR", "Cache folder of the Hub (default: HF_HOME).")
-    offline: bool = flag(HUB, "Read repos from the cache alone; open no connection.")
-    as_json: bool = flag(DISPLAY, "Print the result as one JSON document.", "--json")
-    quiet: bool = flag(DISPLAY, "Print warnings and errors only.", "-q", "--quiet")
-    verbose: bool = flag(
-        DISPLAY,
-        "Print to stderr each request to the Hub, and each file read or written.",
-        "-v",
-        "--verbose",
-    )
-    progress: bool | None = flag(
-        DISPLAY, "Show progress (default: only on a terminal).", "--progress/--no-progress"
-    )
-    debug: bool = flag(DISPLAY, "Show a Python traceback if the command fails.")
+    Attributes:
+        token: Access token for the Hub (default: HF_TOKEN).
+        cache_dir: Cache folder of the Hub (default: HF_HOME).
+        offline: Read repos from the cache alone; open no connection.
+        as_json: Print the result as one JSON document.
+        quiet: Print warnings and errors only.
+        verbose: Print to stderr each request to the Hub, and each file read or written.
+        progress: Show progress (default: only on a terminal).
+        debug: Show a Python traceback if the command fails.
+    """
+
+    token: str | None = option(HUB, "TOKEN")
+    cache_dir: Path | None = option(HUB, "DIR")
+    offline: bool = flag(HUB)
+    as_json: bool = flag(DISPLAY, "--json")
+    quiet: bool = flag(DISPLAY, "-q", "--quiet")
+    verbose: bool = flag(DISPLAY, "-v", "--verbose")
+    progress: bool | None = flag(DISPLAY, "--progress/--no-progress")
+    debug: bool = flag(DISPLAY)
 
     def access(self) -> HubAccess:
         """Return the library's record of the access to the Hub."""
@@ -202,29 +216,24 @@ class CommonOptions(Options):
 
 
 class AdapterOptions(CommonOptions):
-    """The adapter's revision and base: options of every command that reads an adapter."""
+    """The adapter's revision and base: options of every command that reads an adapter.
 
-    base: str | None = option(
-        INPUT,
-        "MODEL",
-        "The base model, a folder or a repo on the Hub (default: the base that the adapter's "
-        "config names).",
-    )
-    base_revision: str | None = option(INPUT, "REV", "Branch, tag or commit of the base's repo.")
-    base_dtype: str | None = option(
-        INPUT,
-        "DTYPE",
-        "Dtype that the base is loaded in, which decides how A and B are rounded: "
-        f"{', '.join(BASE_NAMES)}.",
-        type=Dtype(BASE_NAMES),
-    )
-    key_map: tuple[tuple[str, str], ...] = option(
-        INPUT,
-        "OLD=NEW",
-        "If the adapter's module names do not fit the base, replace their beginning OLD by NEW.",
-        type=KEY_MAP,
-    )
-    revision: str | None = option(HUB, "REV", "Branch, tag or commit of the adapter's repo.")
+    Attributes:
+        base: The base model, a folder or a repo on the Hub (default: the base that the adapter's
+            config names).
+        base_revision: Branch, tag or commit of the base's repo.
+        base_dtype: Dtype that the base is loaded in, which decides how A and B are rounded:
+            {choices}.
+        key_map: If the adapter's module names do not fit the base, replace their beginning OLD by
+            NEW.
+        revision: Branch, tag or commit of the adapter's repo.
+    """
+
+    base: str | None = option(INPUT, "MODEL")
+    base_revision: str | None = option(INPUT, "REV")
+    base_dtype: str | None = option(INPUT, "DTYPE", type=Dtype(BASE_NAMES))
+    key_map: tuple[tuple[str, str], ...] = option(INPUT, "OLD=NEW", type=KEY_MAP)
+    revision: str | None = option(HUB, "REV")
 
     def base_options(self) -> BaseOptions:
         """Return the library's record of the base."""
@@ -243,14 +252,15 @@ class AdapterOptions(CommonOptions):
 
 
 class DimsChoice(AdapterOptions):
-    """The sizes of A and B, if no base is at hand."""
+    """The sizes of A and B, if no base is at hand.
 
-    in_features: int | None = option(
-        PROJECTIONS, "N", "Columns of A, if no base is given.", type=click.IntRange(min=1)
-    )
-    out_features: int | None = option(
-        PROJECTIONS, "N", "Rows of B, if no base is given.", type=click.IntRange(min=1)
-    )
+    Attributes:
+        in_features: Columns of A, if no base is given.
+        out_features: Rows of B, if no base is given.
+    """
+
+    in_features: int | None = option(PROJECTIONS, "N", type=click.IntRange(min=1))
+    out_features: int | None = option(PROJECTIONS, "N", type=click.IntRange(min=1))
 
     def base_options(self) -> BaseOptions:
         """Return the library's record of the base, with the sizes of A and B."""
@@ -260,74 +270,65 @@ class DimsChoice(AdapterOptions):
 
 
 class ProjectionChoice(Options):
-    """The A and B that an adapter's user means."""
+    """The A and B that an adapter's user means.
 
-    projections: str = option(
-        PROJECTIONS,
-        "SOURCE",
-        "Which A and B to use: auto, the choice of PEFT 0.21 (default); file, the stored "
-        "matrices; key, the matrices regenerated from the key.",
-        default="auto",
-        type=SOURCES,
-    )
+    Attributes:
+        projections: Which A and B to use: auto, the choice of PEFT 0.21 (default); file, the stored
+            matrices; key, the matrices regenerated from the key.
+    """
+
+    projections: str = option(PROJECTIONS, "SOURCE", default="auto", type=SOURCES)
 
 
 class GeneratorChoice(Options):
-    """The algorithm that drew A and B."""
+    """The algorithm that drew A and B.
 
-    generator: str | None = option(
-        PROJECTIONS,
-        "VARIANT",
-        "How PyTorch drew A and B, if the adapter does not record the variant. VARIANT is one of "
-        f"{listed_choices(GENERATORS)}.",
-        type=Choice(GENERATORS),
-    )
+    Attributes:
+        generator: How PyTorch drew A and B, if the adapter does not record the variant. VARIANT is
+            one of {first} (default), {others}.
+    """
+
+    generator: str | None = option(PROJECTIONS, "VARIANT", type=Choice(GENERATORS))
 
 
 class ForceChoice(Options):
-    """Whether an output may replace an earlier output."""
+    """Whether an output may replace an earlier output.
 
-    force: bool = flag(OUTPUT, "Replace OUT, if OUT is empty or an output of the same kind.")
+    Attributes:
+        force: Replace OUT, if OUT is empty or an output of the same kind.
+    """
+
+    force: bool = flag(OUTPUT)
 
 
 class AcceptChoice(Options):
-    """Whether to strip matrices that PEFT would regenerate differently."""
+    """Whether to strip matrices that PEFT would regenerate differently.
 
-    accept_change: bool = flag(
-        PROJECTIONS,
-        "Strip even if PEFT would regenerate different matrices, if embed can restore "
-        "the stored matrices.",
-    )
+    Attributes:
+        accept_change: Strip even if PEFT would regenerate different matrices, if embed can restore
+            the stored matrices.
+    """
 
-
-TIED_CHOICES = (
-    "add changes the embedding too, as PEFT's merge does; untie gives the head a tensor of its own"
-)
+    accept_change: bool = flag(PROJECTIONS)
 
 
 class MergeChoice(Options):
-    """How a merge is computed; `verify` asks how the merge was computed."""
+    """How a merge is computed; `verify` asks how the merge was computed.
 
-    weight: float | None = option(
-        METHOD, "W", "Scale the adapter's delta by this factor (default: 1)."
-    )
-    add: tuple[str, ...] = option(
-        METHOD, "ADAPTER[=W]", "Add the delta of another adapter, scaled by W (default: 1)."
-    )
-    tied: str | None = option(
-        METHOD,
-        None,
-        f"How to merge into an output head tied to the embedding: {TIED_CHOICES}.",
-        type=Choice(("add", "untie")),
-    )
-    dequantize: bool | None = flag(METHOD, "Turn a quantized base into a 16-bit model.")
-    dtype: str | None = option(
-        METHOD,
-        "DTYPE",
-        f"Write float tensors in this dtype: {', '.join(FLOAT_NAMES)} (default: keep the dtype of "
-        "each tensor).",
-        type=Dtype(FLOAT_NAMES),
-    )
-    jobs: int | None = option(
-        METHOD, "N", "Number of threads (default: one for each core, at most four)."
-    )
+    Attributes:
+        weight: Scale the adapter's delta by this factor (default: 1).
+        add: Add the delta of another adapter, scaled by W (default: 1).
+        tied: How to merge into an output head tied to the embedding: add changes the embedding too,
+            as PEFT's merge does; untie gives the head a tensor of its own.
+        dequantize: Turn a quantized base into a 16-bit model.
+        dtype: Write float tensors in this dtype: {choices} (default: keep the dtype of each
+            tensor).
+        jobs: Number of threads (default: one for each core, at most four).
+    """
+
+    weight: float | None = option(METHOD, "W")
+    add: tuple[str, ...] = option(METHOD, "ADAPTER[=W]")
+    tied: str | None = option(METHOD, None, type=Choice(("add", "untie")))
+    dequantize: bool | None = flag(METHOD)
+    dtype: str | None = option(METHOD, "DTYPE", type=Dtype(FLOAT_NAMES))
+    jobs: int | None = option(METHOD, "N")
