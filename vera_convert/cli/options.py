@@ -1,8 +1,8 @@
 """Options: how an option is declared, and the groups of options that several commands share.
 
-A class attribute declares an option: its type, flags, default and help. `parameters` makes click's
-parameters from the attributes; a command receives the class with the values that a user gave. The
-options of a single command stand beside the command.
+A class attribute declares an option: its type, flags and default. The docstring of the class has
+the help. `parameters` makes click's parameters from the attributes; a command receives the class
+with the values that a user gave. The options of a single command stand beside the command.
 """
 
 from __future__ import annotations
