@@ -109,9 +109,7 @@ ALLOWED = {
 LATE = {"huggingface_hub", "torch", "transformers"}
 """Libraries that only functions import: they cost seconds, or may be missing."""
 
-NOT_AT_START = {"huggingface_hub", "httpx", "peft", "requests", "safetensors.torch", "torch"} | {
-    "transformers"
-}
+NOT_AT_START = LATE | {"httpx", "numpy", "peft", "requests", "safetensors.torch"}
 
 
 def modules() -> dict[str, ast.Module]:

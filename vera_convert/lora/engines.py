@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
+from typing import TYPE_CHECKING
 
-from vera_convert.base.model import BaseModel
 from vera_convert.tables import table
+
+if TYPE_CHECKING:  # `--help` reads this module, and starts without NumPy
+    from vera_convert.base.model import BaseModel
 
 
 class EngineName(StrEnum):
