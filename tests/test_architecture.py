@@ -31,7 +31,7 @@ adapter: values opening repairs
 targets: patterns linear endings matching architectures built
 base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed_tensors fp8 gptq
 base.quantized: mxfp4 torchao formats
-base: model side_files rename_table templates renames unsupported_layouts
+base: model side_files rename_table templates renames unsupported_layouts shared_layers
 base.quantized: layer_settings recognize unpack targets
 base: orientation vocabulary strategies match bases resizes task_classes saved_places
 base: replacements tied own_heads

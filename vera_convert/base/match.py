@@ -8,7 +8,6 @@ different tensors, and every shape agrees. The strategies are tried in this orde
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -20,6 +19,7 @@ from vera_convert.base.quantized.recognize import Quantization
 from vera_convert.base.quantized.targets import refusals
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.renames import Strategy
+from vera_convert.base.shared_layers import shared_block, shared_places
 from vera_convert.base.strategies import (
     AS_THEY_ARE,
     hints,
@@ -243,7 +243,7 @@ class _Matcher:
         if fitting:
             shown = " or ".join(f"--key-map {hint}" for hint in fitting[:_MOST_HINTS])
             reason += f" All would fit with {shown}."
-        elif (twin := _shared_block(module, base)) is not None:
+        elif (twin := shared_block(module, base)) is not None:
             reason += (
                 f' Several layers share one block, stored as "{printable(twin)}": a delta of one '
                 "layer would change the others. Use the adapter with PEFT, without a merge."
@@ -259,6 +259,8 @@ class _Matcher:
         modules = [module for module in self._layers if module != without]
         found = {module: self._weight(strategy, module) for module in modules}
         parts = self._parts(strategy, [module for module, name in found.items() if name is None])
+        weights = {m: name or f"{strategy.rename(m) or m}.weight" for m, name in found.items()}
+        parts |= dict(shared_places(weights, self._layers, self.base))
         places = {
             module: parts[module].tensors[0] if module in parts else found[module]
             for module in found
@@ -377,14 +379,6 @@ def _complete(trials: Iterable[_Trial]) -> list[_Trial]:
         if trial.is_complete and all(tensors != other.match.tensors for other in found):
             found.append(trial)
     return found
-
-
-def _shared_block(module: str, base: BaseModel) -> str | None:
-    """Return the tensor of a block shared by several layers, as in Zamba2; None if absent."""
-    if "shared" not in module:
-        return None
-    path = re.compile(re.sub(r"\d+", r"\\d+", re.escape(f"{module}.weight")))
-    return next(filter(path.fullmatch, base.tensors), None)
 
 
 def _keeps_path(key_map: str) -> bool:

@@ -16,6 +16,7 @@ from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import release_names
 from vera_convert.base.saved_places import ORIGINAL, Part, Places
+from vera_convert.base.shared_layers import shared_replacements
 from vera_convert.base.task_classes import class_of_head
 from vera_convert.base.unsupported_layouts import Layers, other_layout
 from vera_convert.embeddings import is_embedding, is_output_head
@@ -38,10 +39,12 @@ class Replacing(NamedTuple):
         whole: for each replaced tensor of the base, the adapter's tensor and the part to take.
         rows: for each tensor of the base that several layers share, the adapter's tensors by the
             first row or value that each replaces.
+        refusals: why a merge refuses tensors; PEFT loads these.
     """
 
     whole: dict[str, tuple[TensorData, Part]]
     rows: dict[str, dict[int, TensorData]]
+    refusals: list[Finding]
 
     @property
     def targets(self) -> frozenset[str]:
@@ -66,7 +69,13 @@ def replacing_tensors(adapter: Adapter, match: Match, base: BaseModel) -> Replac
     found = {
         part.target: (tensors[name], part) for name, parts in matched.items() for part in parts
     }
+    copies, refused = shared_replacements({name: own for name, (own, _) in found.items()}, base)
+    for target, stored in copies.items():
+        own, place = found.pop(target)
+        found[stored] = own, place._replace(target=stored)
     lost = {target: tensor for target, (tensor, _) in found.items() if target not in base.tensors}
+    for target in refused.keys() & lost.keys():
+        del found[target], lost[target]
     saved = SavedModules(adapter.config)
     places = Places(match, base) if lost else None
     for target, tensor in lost.items():
@@ -81,7 +90,7 @@ def replacing_tensors(adapter: Adapter, match: Match, base: BaseModel) -> Replac
     left = {target: tensor for target, tensor in lost.items() if target in found}
     for target, name, first_row in _places_in_joined(left, match, base):
         rows.setdefault(name, {})[first_row] = found.pop(target)[0]
-    return Replacing(found, rows)
+    return Replacing(found, rows, [*refused.values()])
 
 
 def _places_in_joined(

@@ -195,6 +195,7 @@ class _Collector:
         """Record the tensors of an adapter that replace tensors of the base, or are new."""
         adapter = matched.adapter
         found = replacing_tensors(adapter, matched.match, self.base)
+        self.defects += found.refusals
         for tensor in adapter.trained_replacements:
             if is_unused(tensor.name, adapter):
                 reason = "the merged model keeps the values from before the training."

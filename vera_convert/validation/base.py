@@ -129,6 +129,7 @@ def _replacements(
     except CheckpointError as error:
         yield from error.findings
         return
+    yield from (each.as_note() for each in replacing.refusals)  # PEFT loads the adapter
     tensors = {target: tensor for target, (tensor, _) in replacing.whole.items()}
     copies = dict(tied_copies(base))
     for target, tensor in tensors.items():
