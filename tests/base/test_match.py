@@ -360,6 +360,13 @@ def test_a_head_that_is_not_tied_is_only_missing() -> None:
     assert refused({**layers, "model.layers.9.self_attn.q_proj": 8}, base_of(llama()))[0] == "V520"
 
 
+def test_a_head_of_another_height_than_the_embedding_is_refused_with_both_heights() -> None:
+    code, text = refused({**Q, "lm_head": 41}, base_of(llama()))
+    assert code == "V520"
+    assert '"model.embed_tokens.weight", which has 40 rows, and lambda_b has 41 values' in text
+    assert "Pass the resized base" in text
+
+
 def test_a_head_with_its_own_tensor_is_matched_like_other_layers() -> None:
     base = base_of(llama() | {"lm_head.weight": (40, 8)}, tie_word_embeddings=True)
     match = match_modules({**Q, "lm_head": 40}, base)

@@ -28,7 +28,7 @@ from vera_convert.base.strategies import (
     nearest,
 )
 from vera_convert.base.unsupported_layouts import Inside, Layers, other_layout
-from vera_convert.base.vocabulary import shared_embedding
+from vera_convert.base.vocabulary import resized_head, shared_embedding
 from vera_convert.embeddings import is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import Finding
@@ -248,6 +248,8 @@ class _Matcher:
                 f' Several layers share one block, stored as "{printable(twin)}": a delta of one '
                 "layer would change the others. Use the adapter with PEFT, without a merge."
             )
+        elif resized := resized_head(module, self._layers[module], base):
+            reason += resized
         elif tensors:
             reason += (
                 " If the model class built this layer anew, no file holds its starting weights."

@@ -19,6 +19,7 @@ from vera_convert.files.reading import ByteSource, open_local
 from vera_convert.files.strict_json import read_json
 from vera_convert.hub.files import TOKENIZER_LIMIT
 from vera_convert.tables import table
+from vera_convert.text import printable
 
 _STACKS = ("encoder", "decoder", "text_encoder", "text_decoder")
 _IN_STACK = {"shared": "embed_tokens", "word_embeddings": "word_embeddings"}
@@ -74,6 +75,29 @@ def shared_embedding(base: BaseModel, rows: int | None, widest: int | None = Non
             return None
     found = beside or [name for name in of_stacks if len(of_stacks) == 1 or "decoder." in name]
     return found[0] if len(found) == 1 else None
+
+
+def resized_head(module: str, outputs: int, base: BaseModel) -> str:
+    """Return a sentence about an adapted head that is taller or shorter than the tied embedding.
+
+    The result is empty for another layer, and for a head as tall as the embedding.
+
+    Args:
+        module: the layer's path in the adapter.
+        outputs: the layer's outputs.
+        base: the base, which lacks the layer's tensor.
+    """
+    if not is_output_head(module, base.model_type) or base.tie_word_embeddings is False:
+        return ""
+    embedding = shared_embedding(base, None)
+    rows = 0 if embedding is None else base.tensors[embedding].info.shape[0]
+    if embedding is None or rows == outputs:
+        return ""
+    return (
+        f' The head shares "{printable(embedding)}", which has {rows:,} rows, and lambda_b has '
+        f"{outputs:,} values: the training resized the vocabulary, and the adapter does not store "
+        "the new rows. Pass the resized base as transformers saved it."
+    )
 
 
 def tied_copies(base: BaseModel) -> Iterator[tuple[str, str]]:
