@@ -8,13 +8,14 @@ Stored A and B already hold the values after all casts, and stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from vera_convert.base.quantized.layer import NO_CAST
+from vera_convert.base.quantized.packing import DTYPE_OF
 from vera_convert.base.quantized.unpack import Unpacked, model_dtype
 from vera_convert.draws.generator import Rounding, rounding_on_base
 from vera_convert.dtypes import FLOATS
+from vera_convert.text import printable
 
 
 class Casts(NamedTuple):
@@ -43,13 +44,13 @@ def casts_on(base: Unpacked, names: Iterable[str]) -> Casts:
         found = base.formats.get(name)
         if found is None:
             dtypes.add(base.view.tensors[name].info.dtype)
-            continue
-        if found.cast is None:
+        elif found.cast == "model":
+            dtypes.add(model_dtype(base.stored.config))
+        elif found.cast == "computation":
+            dtypes.add(_dtype_of_computation(base.settings))
+        elif not found.cast:
             reason = f"the adapted layers are quantized ({found.label}). {found.undecided}"
             return Casts(None, reason=reason)
-        dtype = found.cast(base.settings, model_dtype(base.stored.config))
-        if dtype != NO_CAST:
-            dtypes.add(dtype)
     unknown = dtypes - FLOATS
     roundings = {rounding_on_base(dtype) for dtype in dtypes - unknown}
     sixteen = roundings & {Rounding.BF16, Rounding.FP16}
@@ -60,3 +61,12 @@ def casts_on(base: Unpacked, names: Iterable[str]) -> Casts:
         if rounding in roundings:
             return Casts(rounding)
     return Casts(Rounding.NONE)
+
+
+def _dtype_of_computation(settings: Mapping[str, object]) -> str:
+    """Return the dtype that a layer of bitsandbytes computes in."""
+    if not settings:
+        return "quantized, and the config does not say in which dtype they compute"
+    found = settings.get("bnb_4bit_compute_dtype")
+    name = "float32" if found is None else printable(str(found)).removeprefix("torch.")
+    return DTYPE_OF.get(name, name)

@@ -38,7 +38,6 @@ from vera_convert.base.quantized.packing import (
 from vera_convert.errors import CheckpointError
 from vera_convert.files.strict_json import parse_json
 from vera_convert.tables import table
-from vera_convert.text import printable
 
 STATE = "weight.quant_state.bitsandbytes__"
 TABLES = {
@@ -203,21 +202,12 @@ def _nested_offset(document: Mapping[str, object]) -> float | None:
     return float(offset) if isinstance(offset, int | float) else None
 
 
-def _cast(settings: Mapping[str, object], _dtype: str) -> str:
-    """Return the dtype that the layer computes in."""
-    if not settings:
-        return "quantized, and the config does not say in which dtype they compute"
-    found = settings.get("bnb_4bit_compute_dtype")
-    name = "float32" if found is None else printable(str(found)).removeprefix("torch.")
-    return DTYPE_OF.get(name, name)
-
-
 FORMAT = Format(
     "bitsandbytes 4-bit",
     "bitsandbytes",
     weights,
     signs=r"weight\.(absmax|quant_map|nested_.*|quant_state\..*)",
     dtypes=("U8",),
-    cast=_cast,
+    cast="computation",
     tells_shape=rf"{re.escape(STATE)}.*",
 )

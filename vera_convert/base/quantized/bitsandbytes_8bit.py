@@ -16,7 +16,6 @@ from vera_convert.base.quantized.layer import (
     Layer,
     PackedWeight,
     PartReader,
-    cast_to_nothing,
     finite,
 )
 
@@ -66,5 +65,5 @@ FORMAT = Format(
     weights,
     signs="SCB|weight_format",
     dtypes=("I8",),
-    cast=cast_to_nothing,
+    cast="none",
 )

@@ -194,20 +194,6 @@ class Layer:
 
 # --- formats -------------------------------------------------------------------------------------
 
-Cast = Callable[[Mapping[str, object], str], str]
-"""Returns the dtype that PEFT casts A and B to, from the settings and the dtype of the model."""
-NO_CAST = ""
-
-
-def cast_to_model(_settings: Mapping[str, object], dtype: str) -> str:
-    """Return the dtype of the model: PEFT casts A and B to the model's dtype."""
-    return dtype
-
-
-def cast_to_nothing(_settings: Mapping[str, object], _dtype: str) -> str:
-    """Return `NO_CAST`: PEFT leaves A and B as drawn."""
-    return NO_CAST
-
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -221,8 +207,10 @@ class Format:
             path of the layer.
         packed: the name of the packed values, without the path of the layer.
         dtypes: the dtypes of packed values that are called ``weight``.
-        cast: the cast of A and B on a layer of the format; None if the base leaves the cast open.
-        undecided: the possible casts and when each happens, if `cast` is None.
+        cast: PEFT's cast of A and B on a layer of the format: to the dtype of the ``model``, to the
+            dtype of the ``computation`` in the config, or ``none``; empty if the base leaves the
+            cast open.
+        undecided: the possible casts and when each happens, if `cast` is empty.
         needs_config: whether the tensors have a meaning only with the settings of a config.
         dropped: tensors in and around the layers that a dequantized model leaves out.
         tells_shape: a pattern of the name of the small tensor that tells a weight's shape.
@@ -237,7 +225,7 @@ class Format:
     signs: str
     packed: str = "weight"
     dtypes: tuple[str, ...] = ()
-    cast: Cast | None = None
+    cast: str = ""
     undecided: str = ""
     needs_config: bool = False
     dropped: frozenset[str] = frozenset()

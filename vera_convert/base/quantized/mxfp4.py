@@ -20,7 +20,6 @@ from vera_convert.base.quantized.layer import (
     Layer,
     PackedWeight,
     PartReader,
-    cast_to_model,
 )
 from vera_convert.base.quantized.packing import BFLOAT16, E2M1, looked_up, pair_table
 
@@ -116,4 +115,4 @@ def _no_255(values: Array) -> str | None:
     return "a value is 255, which is NaN in the standard." if (values == 255).any() else None
 
 
-FORMAT = Format("MXFP4", "mxfp4", weights, signs=".+_blocks", cast=cast_to_model)
+FORMAT = Format("MXFP4", "mxfp4", weights, signs=".+_blocks", cast="model")

@@ -105,7 +105,9 @@ class Quantization:
 
     def __init__(self, base: BaseModel) -> None:
         self._base = base
-        self._claims = [*islice(dict.fromkeys(_claims(base.config)), _MOST_CLAIMS + 1)]
+        self._claims = [
+            *islice(dict.fromkeys(map(_claim, sections(base.config))), _MOST_CLAIMS + 1)
+        ]
         self._signs: dict[str, tuple[str, str]] = {}
         for name in base.tensors:
             path, rest = layer_of(name)
@@ -222,7 +224,8 @@ class _Claim:
             names: the names of the module.
             fits: the patterns that fit any of the names.
         """
-        if not self.takes_heads and any(map(_is_kept_by_default, names)):
+        # Quantizers leave heads and tables plain by default.
+        if not self.takes_heads and any(is_output_head(name) or is_table(name) for name in names):
             return False
         return fits.isdisjoint(self.kept) and (
             self.named is None or not fits.isdisjoint(self.named)
@@ -256,18 +259,13 @@ def method_label(section: Mapping[str, object]) -> str:
     return _METHODS.get(method, said)
 
 
-def _claims(config: Mapping[str, object]) -> Iterator[_Claim]:
-    """Yield the claims of a config and of the config's parts."""
-    yield from map(_claim, sections(config))
-
-
 def _claim(config: Mapping[str, object]) -> _Claim:
     kept = [text for field in _KEPT_FIELDS for text in texts(config.get(field))]
     rules = config.get("dynamic")
     if isinstance(rules, Mapping):
         kept += [f"re:{rule[2:]}" for rule in rules if rule.startswith("-:")]
-    label = method_label(config)
-    return _Claim(label, frozenset(kept), _named(config), config.get("lm_head") is True)
+    takes_heads = config.get("lm_head") is True
+    return _Claim(method_label(config), frozenset(kept), _named(config), takes_heads)
 
 
 def _named(config: Mapping[str, object]) -> frozenset[str] | None:
@@ -340,7 +338,7 @@ def _fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozens
             continue
         text = text.removesuffix(".weight").strip(".")
         if "*" in text:
-            expressions[pattern] = _of_wildcards(text)
+            expressions[pattern] = "|".join(map(translate, (text, f"{text}.*", f"*.{text}")))
         else:
             plain.setdefault(text, []).append(pattern)
     sizes = {text.count(".") + 1 for text in plain}
@@ -365,13 +363,3 @@ def _parts(name: str, sizes: Iterable[int]) -> Iterator[str]:
     for size in sizes:
         for start in range(len(elements) - size + 1):
             yield ".".join(elements[start : start + size])
-
-
-def _of_wildcards(text: str) -> str:
-    """Return the regular expression for a name with ``*``, at either end of a path."""
-    return "|".join(map(translate, (text, f"{text}.*", f"*.{text}")))
-
-
-def _is_kept_by_default(module: str) -> bool:
-    """Say whether quantizers leave a module plain by default."""
-    return is_output_head(module) or is_table(module)

@@ -17,7 +17,6 @@ from vera_convert.base.quantized.layer import (
     Layer,
     PackedWeight,
     PartReader,
-    cast_to_model,
     finite,
     size_pair,
 )
@@ -105,5 +104,5 @@ FORMAT = Format(
     weights,
     signs="_weight_(qdata|scale|zero_point|.*_data)",
     packed=QDATA,
-    cast=cast_to_model,
+    cast="model",
 )

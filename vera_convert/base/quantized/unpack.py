@@ -8,7 +8,7 @@ The module reads only headers, and the few small tensors that tell a shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -107,7 +107,7 @@ def unpacked(base: BaseModel) -> Unpacked:
     for path, infos in packed.items():
         reader.read(path, infos)
     dropped = {part for weight in reader.weights.values() for part in weight.parts}
-    dropped |= {*_of_activations(layers, packed, reader.used)}
+    dropped |= {*_of_activations(layers, packed, reader.formats.values())}
     defects = dict.fromkeys((*reader.defects, *_other_dtypes(base, dropped, packed)))
     return Unpacked(
         base,
@@ -169,7 +169,6 @@ class _Reader:
         self.weights: dict[str, PackedWeight] = {}
         self.formats: dict[str, Format] = {}
         self.defects: list[Finding] = []
-        self.used: list[Format] = []
         found = [each for each in sections(base.config) if method_of(each)]
         self.settings = found[0] if found else next(sections(base.config), {})
         self.of_layers = settings_by_layer(base, self.settings, paths)
@@ -193,7 +192,6 @@ class _Reader:
         except LayerError as error:
             self.defects.append(error.finding)
             return
-        self.used = [*dict.fromkeys((*self.used, fitting))]
         for weight in found:
             self.weights[weight.name] = weight
             self.formats[weight.name] = fitting
@@ -201,9 +199,8 @@ class _Reader:
             if weight.name in self.base.tensors and weight.name not in weight.parts:
                 reason = "the layer has a weight that is not packed as well."
             elif path.rpartition(".")[2] in self.conv1d:
-                reason = (
-                    "the model's class stores this weight as (in, out), the quantizer (out, in)."
-                )
+                reason = "the model's class stores this weight as (in, out), the quantizer "
+                reason += "(out, in)."
             elif max(weight.shape[1:]) > _LONGEST_ROW:
                 reason = f"its shape is {[*weight.shape]}; rows of up to {_LONGEST_ROW:,} values "
                 reason += "are read."
@@ -224,24 +221,18 @@ class _Reader:
         return own[0] if len(own) == 1 and self.is_clear else None
 
     def _layer(self, path: str, infos: Mapping[str, TensorInfo], fitting: Format) -> Layer:
-        def name(rest: str) -> str:
-            return f"{path}.{rest}" if path else rest
-
+        start = f"{path}." if path else ""
         values = {
-            rest: self.base.values[name(rest)] for rest in infos if name(rest) in self.base.values
+            rest: self.base.values[start + rest]
+            for rest in infos
+            if start + rest in self.base.values
         }
-        files = {self.base.tensors[name(rest)].file for rest in infos}
+        files = {self.base.tensors[start + rest].file for rest in infos}
         headers = (self.base.files[file] for file in files if file in self.base.files)
-        said = {header.metadata.get(name("weight")) for header in headers} - {None}
-        return Layer(
-            path,
-            infos,
-            self.of_layers[path],
-            self.model_dtype,
-            values,
-            said.pop() if len(said) == 1 else None,
-            fitting.label,
-        )
+        said = {header.metadata.get(f"{start}weight") for header in headers} - {None}
+        metadata = said.pop() if len(said) == 1 else None
+        settings, dtype = self.of_layers[path], self.model_dtype
+        return Layer(path, infos, settings, dtype, values, metadata, fitting.label)
 
     def _refusal(self, path: str, infos: Mapping[str, TensorInfo]) -> Finding:
         rest, info = next(filter(_is_sign, infos.items()))
@@ -258,7 +249,7 @@ class _Reader:
 def _of_activations(
     layers: Mapping[str, Mapping[str, TensorInfo]],
     packed: Mapping[str, Mapping[str, TensorInfo]],
-    used: Sequence[Format],
+    used: Iterable[Format],
 ) -> Iterator[str]:
     """Yield the scales of activations in quantized layers and in the modules around the layers."""
     dropped = frozenset[str]().union(*(each.dropped for each in used))
