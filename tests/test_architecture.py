@@ -28,13 +28,13 @@ hub: repo_name redaction checksum location refusals retry header_cache range_fil
 hub: download files lookup
 adapter: config fingerprint names adapter lora_record saved_modules sorting folder
 adapter: values opening repairs
-targets: patterns linear endings matching architectures built
+targets: patterns linear matching architectures built
 base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed_tensors fp8 gptq
 base.quantized: mxfp4 torchao formats
 base: model side_files rename_table templates renames unsupported_layouts shared_layers
 base.quantized: layer_settings recognize unpack targets
 base: orientation vocabulary strategies match bases resizes task_classes saved_places
-base: replacements tied own_heads
+base: replacements tied
 base: facts casts dims identity resolve
 conversion: projections proof transforms sizes work strip_embed regeneration migration
 assembly: addends blocks input_files copying direct pool finisher writer journal

@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
-from vera_convert.dtypes import BASE_NAMES, FLOAT_NAMES, base_name, float_name
+from vera_convert.dtypes import BASE_NAMES, FLOAT_NAMES, float_name
 from vera_convert.errors import ParameterError
 from vera_convert.text import printable
 
@@ -43,39 +43,31 @@ def one_of(name: str, kind: type[Choice], value: object) -> Choice:
     Raises:
         UsageError: the value is unknown; the message names all members.
     """
-    if isinstance(value, str):
-        for member in kind:
-            if value == member.value:
-                return member
+    if isinstance(value, str) and value in [*kind]:
+        return kind(value)
     raise ParameterError(name, f"is {_shown(value)}: give one of {', '.join(kind)}.")
 
 
-def dtype_name(name: str, value: object) -> str:
+def dtype_name(name: str, value: object, *, choices: Sequence[str] = FLOAT_NAMES) -> str:
     """Return torch's name of a dtype, from any usual spelling such as ``bf16`` or ``BF16``.
 
     Raises:
         UsageError: the value is unknown; the message names the choices.
     """
-    return _dtype(name, value, float_name, FLOAT_NAMES)
+    is_named = isinstance(value, str) or type(value).__module__ == "torch"
+    found = float_name(str(value), choices) if is_named else None
+    if found is None:
+        raise ParameterError(name, f"is {_shown(value)}: give one of {', '.join(choices)}.")
+    return found
 
 
 def base_dtype_name(name: str, value: object) -> str:
-    """Return torch's name of the dtype that the layers of a base have in memory.
+    """Return torch's name of the dtype that the layers of a base have in memory; see `dtype_name`.
 
     Raises:
         UsageError: the value is unknown; the message names the choices.
     """
-    return _dtype(name, value, base_name, BASE_NAMES)
-
-
-def _dtype(
-    name: str, value: object, read: Callable[[str], str | None], choices: Sequence[str]
-) -> str:
-    is_named = isinstance(value, str) or type(value).__module__ == "torch"
-    found = read(str(value)) if is_named else None
-    if found is None:
-        raise ParameterError(name, f"is {_shown(value)}: give one of {', '.join(choices)}.")
-    return found
+    return dtype_name(name, value, choices=BASE_NAMES)
 
 
 def size_in_bytes(name: str, value: object) -> int:

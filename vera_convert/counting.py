@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +27,7 @@ from vera_convert.conversion.transforms import file_size, fingerprint_of
 from vera_convert.draws.generator import Draw, Variant, rounding_on_base
 from vera_convert.dtypes import BITS, FLOATS
 from vera_convert.errors import CheckpointError, ParameterError, UsageError
-from vera_convert.files.header import TensorInfo
+from vera_convert.files.header import Entry, TensorInfo
 from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import HubAccess, hub_access_of, locate
 from vera_convert.targets.architectures import layers_from_config
@@ -126,13 +126,9 @@ def count(
         model = _layers(model, revision, access)
     config = VeraConfig(r=rank, target_modules=_checked(model, targets))
     chosen = adapted(model, config)
-    heads = tuple(_copied_heads(model, chosen, targets))
-    trained = (*_vera_tensors(chosen.layers, rank), *heads)
-    embedded = file_size((*trained, *empty_pair(rank, *chosen.dims, dtype="F32")), _METADATA)
-    stripped = file_size(trained, _stripped_metadata(chosen, config, model.dtype))
-    beside = file_size((*_lora_tensors(chosen.layers, rank), *heads), _METADATA)
-    vera = vera_parameters(chosen.layers, rank=rank)
-    lora = lora_parameters(chosen.layers, rank=rank)
+    heads = [*_copied_heads(model, chosen, targets)]
+    vera, lora = [*_vera_tensors(chosen.layers, rank)], [*_lora_tensors(chosen.layers, rank)]
+    pair = empty_pair(rank, *chosen.dims, dtype="F32")
     return Count(
         source=model.source,
         rank=rank,
@@ -142,9 +138,9 @@ def count(
         ),
         max_in=chosen.max_in,
         max_out=chosen.max_out,
-        vera=MethodSize(vera, 4 * vera, embedded),
-        stripped_bytes=stripped,
-        lora=MethodSize(lora, 4 * lora, beside),
+        vera=_size(vera, (*heads, *pair)),
+        stripped_bytes=file_size((*vera, *heads), _stripped_metadata(chosen, config, model.dtype)),
+        lora=_size(lora, heads),
     )
 
 
@@ -175,11 +171,6 @@ def _config_of(model: object) -> Mapping[str, object] | None:
     to_dict = getattr(model, "to_dict", None)
     found = to_dict() if callable(to_dict) else None
     return found if isinstance(found, Mapping) else None
-
-
-def vera_parameters(layers: Mapping[str, Linear], *, rank: int) -> int:
-    """Return the parameters of VeRA on these layers: lambda_d (r) and lambda_b (out) for each."""
-    return sum(rank + layer.out_features for layer in layers.values())
 
 
 def lora_parameters(layers: Mapping[str, Linear], *, rank: int) -> int:
@@ -235,6 +226,12 @@ def _stripped_metadata(chosen: Adapted, config: VeraConfig, dtype: str) -> dict[
     pair = empty_pair(config.r, *chosen.dims, dtype="F32")
     record = fingerprint_of(pair, drawn.rounded(rounding_on_base(dtype)), NO_HASHES)
     return {**_METADATA, METADATA_KEY: to_text(record)}
+
+
+def _size(trained: Sequence[TensorInfo], others: Iterable[Entry]) -> MethodSize:
+    """Return the size of a method with these trained tensors, and a file with others too."""
+    parameters = sum(math.prod(tensor.shape) for tensor in trained)
+    return MethodSize(parameters, 4 * parameters, file_size((*trained, *others), _METADATA))
 
 
 def _tensor(name: str, shape: tuple[int, ...], dtype: str = "F32") -> TensorInfo:

@@ -6,7 +6,7 @@ NumPy and ml_dtypes share, such as ``bfloat16``. This module imports the standar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -101,34 +101,26 @@ DTYPES_OF_LAYERS = (*USUAL_OF_BASES, "float8_e4m3fn")
 
 _NAME_OF_SPELLING = {
     spelling: NAMES[header]
-    for header, precision in PRECISION.items()
-    for spelling in (NAMES[header], *precision.spellings)
+    for header, spellings in (
+        *((header, precision.spellings) for header, precision in PRECISION.items()),
+        ("F8_E4M3", ("f8_e4m3", "fp8_e4m3")),
+    )
+    for spelling in (NAMES[header], *spellings)
 }
 
 
-def base_name(written: str) -> str | None:
-    """Return torch's name of a dtype that the layers of a base can have in memory.
-
-    Args:
-        written: any usual spelling, such as ``bf16`` or ``float8_e4m3fn``.
-
-    Returns:
-        A name of `BASE_NAMES`, or None if the text names no such dtype.
-    """
-    is_fp8 = written.lower().removeprefix("torch.") in ("float8_e4m3fn", "f8_e4m3", "fp8_e4m3")
-    return "float8_e4m3fn" if is_fp8 else float_name(written)
-
-
-def float_name(written: str) -> str | None:
+def float_name(written: str, choices: Sequence[str] = FLOAT_NAMES) -> str | None:
     """Return torch's name of a floating-point dtype.
 
     Args:
         written: any usual spelling, such as ``bfloat16``, ``BF16`` or ``torch.bfloat16``.
+        choices: the possible names.
 
     Returns:
-        A name of `FLOAT_NAMES`, or None if the text names no such dtype.
+        A name of `choices`, or None if the text names no such dtype.
     """
-    return _NAME_OF_SPELLING.get(written.lower().removeprefix("torch."))
+    name = _NAME_OF_SPELLING.get(written.lower().removeprefix("torch."))
+    return name if name in choices else None
 
 
 def holds_every_value(wide: str, narrow: str) -> bool:

@@ -33,7 +33,7 @@ from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.hub.lookup import HubAccess, Location, fetch_weights, hub_access_of, locate
 from vera_convert.lora.writing import lora_size
 from vera_convert.rules import Finding
-from vera_convert.targets.linear import LayerGroup, Linear, layer_groups
+from vera_convert.targets.linear import LayerGroup, layer_groups
 from vera_convert.text import short_repr
 
 
@@ -179,11 +179,8 @@ def _described(
     recorded = fingerprint.draw if fingerprint is not None else None
     effects = _effects(adapter, pair or fingerprint, base_facts)
     match = base_facts.match
-    inputs = {} if match is None else {name: its.in_features for name, its in match.layers.items()}
     outputs = {module: layer.out_features for module, layer in adapter.layers.items()}
-    linears = None
-    if outputs.keys() <= inputs.keys():
-        linears = {module: Linear(out, inputs[module]) for module, out in outputs.items()}
+    inputs = {} if match is None else {name: its.in_features for name, its in match.layers.items()}
     return AdapterInfo(
         location=location,
         config=config,
@@ -196,7 +193,7 @@ def _described(
         effects=effects,
         replacements=tuple(tensor.name for tensor in adapter.trained_replacements),
         parameters=sum(out + config.r for out in outputs.values()),
-        lora_parameters=None if linears is None else lora_parameters(linears, rank=config.r),
+        lora_parameters=None if match is None else lora_parameters(match.layers, rank=config.r),
         sizes=sizes,
         base_facts=base_facts,
         findings=tuple(_findings(adapter, base_facts, effects)),
@@ -210,8 +207,15 @@ def _findings(
     yield from adapter.findings
     yield from base_facts.findings
     yield from other_dims(adapter, base_facts)
-    yield from _ignored(adapter, effects)
-    yield from _unknown_origin(adapter)
+    config, is_recorded = adapter.config, adapter.projections or adapter.fingerprint
+    is_stored = adapter.projections is not None and config.save_projection
+    if is_stored and any(effect.same_on == () for effect in effects):
+        reason = "PEFT regenerates other matrices from the key."
+        yield rules.PROJECTIONS_IGNORED.at(adapter.place, reason)
+    # Other trainers of VeRA exist, and their seeds give other matrices than PyTorch's.
+    if not is_recorded and config.peft_version is None:
+        reason = "A and B, a fingerprint and the version of PEFT are missing."
+        yield unproven_draw(config, reason, place=adapter.place)
 
 
 def _effects(
@@ -224,26 +228,6 @@ def _effects(
     if adapter.projections is not None and adapter.config.save_projection:
         return from_key, Effect("0.21 and later", "file", USUAL_OF_BASES)
     return from_key, replace(from_key, peft="0.21 and later")
-
-
-def _ignored(adapter: Adapter, effects: Iterable[Effect]) -> Iterable[Finding]:
-    """Warn if PEFT up to 0.20 ignores the stored A and B on every base."""
-    stored = adapter.projections is not None and adapter.config.save_projection
-    if stored and any(effect.same_on == () for effect in effects):
-        yield rules.PROJECTIONS_IGNORED.at(
-            adapter.place, "PEFT regenerates other matrices from the key."
-        )
-
-
-def _unknown_origin(adapter: Adapter) -> Iterable[Finding]:
-    """Warn if an adapter lacks every record of the A and B used in training.
-
-    Other trainers of VeRA exist, and their seeds give other matrices than PyTorch's.
-    """
-    unrecorded = adapter.config.peft_version is None
-    if adapter.projections is None and adapter.fingerprint is None and unrecorded:
-        reason = "A and B, a fingerprint and the version of PEFT are missing."
-        yield unproven_draw(adapter.config, reason, place=adapter.place)
 
 
 def _merged_size(base: BaseModel | None) -> int | None:

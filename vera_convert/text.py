@@ -24,9 +24,7 @@ def printable(text: str) -> str:
     code points become escapes as Python writes them. A text of more than 300 characters is cut, and
     its length is added.
     """
-    shown = text[:_LONGEST_SHOWN]
-    if not shown.isprintable() or _INVISIBLE.search(shown):
-        shown = "".join(map(_escaped, shown))
+    shown = printable_whole(text[:_LONGEST_SHOWN])
     if len(text) > _LONGEST_SHOWN:
         shown += f"… ({len(text):,} characters)"
     return shown
@@ -34,9 +32,9 @@ def printable(text: str) -> str:
 
 def printable_whole(text: str) -> str:
     """Escape a complete text as `printable` does: a command or a path to copy."""
-    return (
-        text if text.isprintable() and not _INVISIBLE.search(text) else "".join(map(_escaped, text))
-    )
+    if text.isprintable() and not _INVISIBLE.search(text):
+        return text
+    return "".join(map(_escaped, text))
 
 
 def _escaped(letter: str) -> str:
@@ -84,14 +82,12 @@ def short_repr(record: object) -> str:
     for field in fields(record):  # type: ignore[arg-type] # a dataclass
         value = getattr(record, field.name)
         value = getattr(value, "label", value)
-        if isinstance(value, Sized) and not isinstance(value, str):
+        if isinstance(value, str | PurePath):
+            shown.append(f"{field.name}={printable(str(value))!r}")
+        elif isinstance(value, Sized):
             shown.append(f"{field.name}=<{len(value)}>")
-        elif isinstance(value, str | int | float | PurePath):
-            shown.append(
-                f"{field.name}={printable(str(value))!r}"
-                if isinstance(value, str | PurePath)
-                else f"{field.name}={value!r}"
-            )
+        elif isinstance(value, int | float):
+            shown.append(f"{field.name}={value!r}")
     return f"{type(record).__name__}({', '.join(shown)})"
 
 

@@ -43,6 +43,7 @@ _INNER_LAYER = "base_layer"
 _WRAPPER_CLASSES = frozenset(
     ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 )
+"""Wrappers that PEFT can have recorded as the class of the base."""
 
 _VECTOR_OR_MATRIX = r"vera_(?:lambda_[bd]|A|B)"
 _NAME_AT_END = re.compile(rf"(?P<kept>(?:^|.*\.){_VECTOR_OR_MATRIX})\.(?P<adapter>[^.]+)")
@@ -92,7 +93,8 @@ class Names(NamedTuple):
         stored = frozenset(ordered)
         vectors = [name for name in ordered if ".vera_lambda_" in name]
         copies = frozenset(name for name in stored if _is_copy(name, stored))
-        is_named_base = bool(config.base_model_name_or_path) or _wraps(config)
+        is_wrapped = (config.auto_mapping or {}).get("base_model_class") in _WRAPPER_CLASSES
+        is_named_base = bool(config.base_model_name_or_path) or is_wrapped
         alone = cls(is_named_base)
         beginnings: dict[str, list[str]] = {}
         for name in vectors:
@@ -180,11 +182,6 @@ def _strange(name: str) -> Rule | None:
     alone = len(elements) == 1 and elements[0] in LAMBDAS
     inside = elements[:-1] if elements[-1] in (*LAMBDAS, "vera_A", "vera_B") else elements
     return rules.UNKNOWN_TENSOR if alone or any(map(_STRANGE.fullmatch, inside)) else None
-
-
-def _wraps(config: VeraConfig) -> bool:
-    """Say whether PEFT recorded a wrapper as the class of the base."""
-    return (config.auto_mapping or {}).get("base_model_class") in _WRAPPER_CLASSES
 
 
 def _starts(elements: Sequence[str]) -> Iterator[int]:

@@ -7,7 +7,7 @@ second repair changes nothing more. Unknown forms are left to the reader, which 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from vera_convert import rules
@@ -165,19 +165,15 @@ def _projections_once(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorDat
             continue
         shared = next((t for t in kept if t.name == shared_name), None)
         first = shared or copies[0]._replace(name=shared_name)
-        _require_equal(first, copies)
+        for copy in copies:
+            if not same_tensor(first, copy):
+                reason = f"it differs from {printable(first.name)}."
+                raise CheckpointError(rules.PROJECTIONS_DIFFER.in_tensor(copy.name, reason))
         dropped = {copy.name for copy in copies}
         kept = [tensor for tensor in kept if tensor.name not in dropped]
         kept += [] if shared else [first]
         removed += len(copies)
     return (kept, f"stored A and B once instead of {removed} times") if removed else (tensors, "")
-
-
-def _require_equal(first: TensorData, copies: Iterable[TensorData]) -> None:
-    for copy in copies:
-        if not same_tensor(first, copy):
-            reason = f"it differs from {printable(first.name)}."
-            raise CheckpointError(rules.PROJECTIONS_DIFFER.in_tensor(copy.name, reason))
 
 
 def _for_reader(

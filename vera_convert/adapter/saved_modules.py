@@ -20,18 +20,12 @@ from vera_convert.text import printable
 
 _BASE_BIAS = ".base_layer.bias"
 _KNOWN_HEADS = frozenset(name for names in SAVED_BY_TASK.values() for name in names)
+_TOKEN_ROWS = re.compile(r"(?:^|\.)(?:token_adapter(?:\.|$)|trainable_tokens_)")
+"""A part of the names of rows of an embedding, as PEFT's trainable tokens have it."""
 _NO_HEAD = re.compile(
     r"(?:.*[._])?(?:(?:layer_?)?norm\w*|ln_\w+|pooler|\d+\..*)(?:\..*)?", re.IGNORECASE
 )
 """Paths of saved modules that are no head: norms, poolers, and modules in numbered layers."""
-
-
-def _is_token_rows(name: str) -> bool:
-    """Say whether a tensor holds rows of an embedding, as PEFT's trainable tokens do."""
-    elements = name.split(".")
-    return "token_adapter" in elements or any(
-        element.startswith("trainable_tokens_") for element in elements
-    )
 
 
 def replaced_name(name: str) -> str:
@@ -94,7 +88,7 @@ def replacement_findings(
         around = declared.around(module)
         names = frozenset().union(*around.values())
         nested |= dict(pairwise([*reversed(around)]))
-        if _is_token_rows(tensor.name):
+        if _TOKEN_ROWS.search(tensor.name):
             rows = f"{tensor.shape[0]:,} rows" if tensor.shape else "a value"
             reason = f"it holds {rows} of an embedding, trained with trainable_token_indices."
             yield rules.TOKEN_ROWS.in_tensor(tensor.name, reason)
@@ -111,7 +105,8 @@ def replacement_findings(
         yield from _incomplete_modules(saved, layers, config)
         if config.bias != "none" and not bias_stored:
             rule = rules.BIAS_NOT_STORED
-            rule = rule.as_note() if _saves_biases(config.peft_version) else rule
+            stores_biases = (peft_release(config.peft_version) or (0, 0)) >= (0, 21)
+            rule = rule.as_note() if stores_biases else rule
             reason = f'bias is "{printable(config.bias)}", and the file holds no bias.'
             yield rule.in_file(WEIGHTS_NAME, reason)
 
@@ -133,12 +128,6 @@ def _undeclared(
     if not is_explained:
         reason = f"it replaces {printable(name)} of the base model."
         yield rules.UNDECLARED_TENSOR.in_tensor(tensor.name, reason)
-
-
-def _saves_biases(peft_version: str | None) -> bool:
-    """Say whether the PEFT that wrote a file stores trained biases."""
-    release = peft_release(peft_version)
-    return release is not None and release >= (0, 21)
 
 
 def _incomplete_modules(

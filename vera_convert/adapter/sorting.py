@@ -37,15 +37,8 @@ _WITHOUT_COPY = (
     "save_file({k: t[k] for k in t if '.base_layer.' not in k}, f, metadata=m)\""
 )
 """The remedy for the copy of a quantized head."""
-_PLAIN_LAMBDA = re.compile(
-    r"base_model\.model\.((?:(?!_|module|pretrained_|nncf_|wrapped_|base_|original_|p?vera_|lora_)[^.]++\.)++)"
-    r"(vera_lambda_[bd])"
-)
-"""The form of nearly all names; a file can have a hundred thousand."""
-
-
-def _is_of_adapter(name: str) -> bool:
-    return "base_model." in name or "vera_" in name or "lora_" in name
+_OF_ADAPTER = re.compile(r"base_model\.|vera_|lora_")
+"""A part of every name in the file of an adapter."""
 
 
 class SortedTensors(NamedTuple):
@@ -76,7 +69,7 @@ def sort_tensors(
         config: the adapter's config.
         values: whether values may be read, to compare the copies of A and B.
     """
-    if tensors and not any(_is_of_adapter(tensor.name) for tensor in tensors):
+    if tensors and not any(map(_OF_ADAPTER.search, (tensor.name for tensor in tensors))):
         reason = f"no tensor belongs to an adapter; {printable(tensors[0].name)} is a model's."
         finding = rules.MODEL_AS_ADAPTER.in_file(WEIGHTS_NAME, reason)
         return SortedTensors({}, None, (), (), (finding,))
@@ -117,10 +110,6 @@ class _ByName(NamedTuple):
 def _by_name(tensors: Iterable[TensorData], names: Names) -> _ByName:
     found = _ByName({}, {}, {}, [], [], [])
     for tensor in tensors:
-        plain = None if names.inner else _PLAIN_LAMBDA.fullmatch(tensor.name)
-        if plain is not None:
-            found.lambdas.setdefault(plain[1][:-1], {})[plain[2]] = tensor
-            continue
         module, _, last = tensor.name.rpartition(".")
         broken = names.broken_rule(tensor.name)
         if broken is not None:
@@ -162,7 +151,11 @@ def _misnamed_findings(by_rule: Mapping[Rule, Sequence[str]], names: Names) -> I
             more = and_more(len(names.beginnings) - len(groups), "beginning")
             yield rules.PREFIX_MIXED.at(place, f"{'; '.join(groups)}{more}.")
         else:
-            yield rule.at(place, _name_reason(rule))
+            reasons = {
+                rules.PREFIX_MISSING: f"the name does not begin with {PREFIX}",
+                rules.OTHER_VERA: "plain VeRA has lambda_b, lambda_d, A and B only.",
+            }
+            yield rule.at(place, reasons.get(rule, "PEFT writes no tensor of this name for VeRA."))
 
 
 def _foreign_reason(broken: Sequence[str], names: Names) -> str:
@@ -193,13 +186,6 @@ def _misnamed_targets(names: Names, config: VeraConfig) -> Iterator[Finding]:
         if broken and isinstance(layers, tuple):
             place = f"adapter_config.json, {field}: {printable(broken[0])}"
             yield rules.WRAPPER_IN_NAMES.at(place, _foreign_reason(broken, names), file=CONFIG_NAME)
-
-
-def _name_reason(rule: Rule) -> str:
-    return {
-        rules.PREFIX_MISSING: f"the name does not begin with {PREFIX}",
-        rules.OTHER_VERA: "plain VeRA has lambda_b, lambda_d, A and B only.",
-    }.get(rule, "PEFT writes no tensor of this name for VeRA.")
 
 
 def _unpaired(lambdas: Mapping[str, Mapping[str, TensorData]]) -> Iterator[Finding]:
@@ -241,21 +227,17 @@ def _presence(
 
 
 def _copies(
-    projections: StoredProjections, repeated: Sequence[TensorData], *, values: bool
+    pair: StoredProjections, repeated: Sequence[TensorData], *, values: bool
 ) -> Iterator[Finding]:
     same = same_tensor if values else _same_form
-    unequal = [copy for copy in repeated if not same(copy, shared_twin(copy, projections))]
+    twins = ((each, pair.A if each.name.endswith("vera_A") else pair.B) for each in repeated)
+    unequal = [copy for copy, shared in twins if not same(copy, shared)]
     for copy in unequal:
         yield rules.PROJECTIONS_DIFFER.in_tensor(copy.name, "it differs from the shared matrix.")
     if repeated and not unequal:
         compared = "" if values else "; their values were not compared"
         reason = f"{len(repeated)} copies of A and B are stored{compared}."
         yield rules.PROJECTIONS_REPEATED.in_tensor(repeated[0].name, reason)
-
-
-def shared_twin(copy: TensorData, projections: StoredProjections) -> TensorData:
-    """Return the shared matrix repeated by a layer's copy."""
-    return projections.A if copy.name.endswith("vera_A") else projections.B
 
 
 def same_tensor(first: TensorData, other: TensorData) -> bool:

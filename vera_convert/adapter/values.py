@@ -20,6 +20,7 @@ from vera_convert.text import printable
 LARGEST = 1e6
 """Trained vectors reach tens at most, and drawn matrices one."""
 LEAST = 1e-12
+"""The smallest plausible largest value of a trained or drawn tensor, if the dtype holds it."""
 
 _SHARED = re.compile(r"(?:.*\.)?vera_[AB](?:\.[^.]+)?")
 
@@ -60,14 +61,10 @@ def absurd_values(file: TensorFile, found: Mapping[str, ValueRange]) -> Iterator
     """
     for name, extent in found.items():
         magnitude = extent.magnitude
-        least = _least(file.header.tensors[name].dtype) if ".vera_" in name else 0.0
+        smallest = 2.0 ** PRECISION[file.header.tensors[name].dtype].lowest
+        least = max(LEAST, smallest) if ".vera_" in name else 0.0
         if magnitude > LARGEST or 0 < magnitude < least:
             yield rules.VALUE_ABSURD.in_tensor(name, f"its largest value is {magnitude:.3g}.")
-
-
-def _least(dtype: str) -> float:
-    """Return the smallest plausible largest value of a trained or drawn tensor."""
-    return max(LEAST, 2.0 ** PRECISION[dtype].lowest)
 
 
 def untrained_layers(

@@ -84,10 +84,7 @@ class Bases:
 
 
 def component_of(
-    pipeline: Location,
-    bases: Bases,
-    find: Callable[[BaseModel], Match],
-    trained_on: str | None,
+    pipeline: Location, bases: Bases, find: Callable[[BaseModel], Match], trained_on: str | None
 ) -> tuple[BaseModel, Match]:
     """Return the only component of a pipeline with an adapter's layers, and the match.
 

@@ -11,8 +11,8 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import model_types
+from vera_convert.base.vocabulary import embeddings
 from vera_convert.dtypes import FLOATS
-from vera_convert.embeddings import is_embedding
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.file_names import CARD_NAME
 from vera_convert.files.reading import open_local
@@ -137,15 +137,10 @@ def _plain(name: str) -> str:
 
 def _other_sizes(base: BaseModel) -> Iterator[str]:
     """Yield the embedding sizes absent from every field of the base's config."""
-    fields: dict[str, object] = {}
-    for part in parts_of_config(base.config):
-        fields = {**part, **fields}  # fields of the model before fields of a part
-    numbers = {
-        value
-        for part in parts_of_config(base.config)
-        for value in part.values()
-        if type(value) is int
-    }
+    parts = parts_of_config(base.config)
+    numbers = {value for part in parts for value in part.values() if type(value) is int}
+    # Fields of the model replace fields of a part.
+    fields = {name: value for part in reversed(parts) for name, value in part.items()}
     sizes = {
         name: value
         for name, value in fields.items()
@@ -153,21 +148,15 @@ def _other_sizes(base: BaseModel) -> Iterator[str]:
     }
     width = next((name for name in _WIDTHS if name in sizes), None)
     states_rows = "vocab_size" in sizes and MORE_ROWS.isdisjoint(model_types(base.config))
-    for name, rows, columns in _embeddings(base):
+    for name, (rows, columns) in embeddings(base).items():
+        is_float = base.tensors[name].info.dtype in FLOATS
+        if not name.endswith(".weight") or not is_float or "codec" in name:
+            continue
         if width is not None and columns not in numbers:
             yield f"{width} is {sizes[width]}, and {printable(name)} has {columns:,} columns"
         if states_rows and rows not in numbers:
             said = f"vocab_size is {sizes['vocab_size']}"
             yield f"{said}, and {printable(name)} has {rows:,} rows"
-
-
-def _embeddings(base: BaseModel) -> Iterator[tuple[str, int, int]]:
-    for name, tensor in base.tensors.items():
-        path, weight, _ = name.rpartition(".weight")
-        shape, is_float = tensor.info.shape, tensor.info.dtype in FLOATS
-        is_of_words = is_embedding(path) and "codec" not in path
-        if weight and is_of_words and len(shape) == 2 and is_float:
-            yield name, *shape
 
 
 def _too_few_layers(built: BuiltLayers, modules: Iterable[str]) -> Iterator[str]:

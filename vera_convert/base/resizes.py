@@ -140,12 +140,9 @@ def biases_of_logits(found: Resizes, base: BaseModel) -> Iterator[tuple[str, int
     """
     if found.vocabulary is not None:
         old, new = found.vocabulary
-        yield from ((name, new) for name in base.tensors if _is_bias_of_logits(name, old, base))
-
-
-def _is_bias_of_logits(name: str, rows: int, base: BaseModel) -> bool:
-    is_named_so = name.rpartition(".")[2] == _BIAS_OF_LOGITS
-    return is_named_so and base.tensors[name].info.shape == (1, rows)
+        for name, tensor in base.tensors.items():
+            if name.rpartition(".")[2] == _BIAS_OF_LOGITS and tensor.info.shape == (1, old):
+                yield name, new
 
 
 def _is_of_vocabulary(name: str, base: BaseModel) -> bool:

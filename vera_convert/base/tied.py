@@ -1,8 +1,12 @@
-"""Find an output head and an embedding with a shared tensor."""
+"""Find an output head and an embedding with a shared tensor, and heads that share none."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
@@ -10,17 +14,21 @@ from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import used_replacements
 from vera_convert.base.saved_places import ORIGINAL
 from vera_convert.base.task_classes import class_of_head
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head, output_head_of
-from vera_convert.errors import UsageError
-from vera_convert.files.tensorfile import TensorData
+from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
+from vera_convert.hub.lookup import HubAccess, open_file
 from vera_convert.rules import Finding
 
 _TASKS_OF_WORDS = frozenset(("CAUSAL_LM", "SEQ_2_SEQ_LM"))
 """The tasks of PEFT whose classes have an output head."""
+_SAMPLES = 4
+"""The rows of a head to compare with the embedding."""
 SCALED_WHILE_TIED = frozenset(("t5", "umt5", "longt5", "pop2piano", "switch_transformers"))
 """The model types that multiply the decoder's output by d_model^-0.5 while the head is tied."""
 SCALED_BY_A_FIELD = SCALED_WHILE_TIED - {"switch_transformers"}
@@ -165,3 +173,51 @@ def name_of_head(module: str, match: Match) -> str:
     if module in match.tied:
         return f"{match.strategy.rename(module) or module}.weight"
     return match.tensors[module]
+
+
+# --- heads with values of their own --------------------------------------------------------------
+
+# transformers 5 never ties a head whose values differ from the embedding's, even if the config
+# says that the two are tied. The config of a T5 1.1 that transformers 5 saved is an example.
+
+
+def stored_heads(base: BaseModel) -> Iterator[tuple[str, str]]:
+    """Yield each stored output head, and the stored embedding of the same shape."""
+    for name, tensor in base.tensors.items():
+        shape = tensor.info.shape
+        if len(shape) == 2 and is_head(name, base):
+            embedding = shared_embedding(base, *shape)
+            if embedding is not None and base.tensors[embedding].info.shape == shape:
+                yield name, embedding
+
+
+def shows_own_head(base: BaseModel, access: HubAccess) -> bool:
+    """Say whether a few rows of a stored head differ from the embedding's.
+
+    On the Hub, each row costs a request of some kilobytes. Without these rows, the answer is no.
+    """
+    whole = unpacked(base)
+    for pair in stored_heads(whole.view):
+        # A packed weight has tensors of its own.
+        if not whole.weights.keys().isdisjoint(pair) or _rows_differ(base, *pair, access):
+            return True
+    return False
+
+
+def _rows_differ(base: BaseModel, head: str, embedding: str, access: HubAccess) -> bool:
+    try:
+        rows, others = (_rows(base, name, access) for name in (embedding, head))
+    except SurroundingsError:
+        return False
+    return others.astype(rows.dtype).tobytes() != rows.tobytes()
+
+
+def _rows(base: BaseModel, name: str, access: HubAccess) -> NDArray[Any]:
+    """Return some rows of a matrix, at equal distances."""
+    tensor = base.tensors[name]
+    (rows, columns), dtype = tensor.info.shape, NUMPY_DTYPE[tensor.info.dtype]
+    start, size = base.files[tensor.file].data_start + tensor.info.start, columns * dtype.itemsize
+    chosen = [(2 * n + 1) * rows // (2 * _SAMPLES) for n in range(_SAMPLES)]
+    with open_file(base.location, tensor.file, access) as file:
+        found = b"".join(file.read_at(start + row * size, size) for row in chosen)
+    return np.frombuffer(found, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from itertools import chain
@@ -32,6 +32,15 @@ _FIELDS = ("vocab_size", "decoder_vocab_size")
 _LONGEST_ID = 20  # digits; a longer number is beyond the rows of any embedding
 
 
+def embeddings(base: BaseModel) -> dict[str, tuple[int, int]]:
+    """Return the rows and columns of each embedding of a base, by the tensor's name."""
+    return {
+        name: (shape[0], shape[1])
+        for name, tensor in base.tensors.items()
+        if len(shape := tensor.info.shape) == 2 and is_embedding(name.removesuffix(".weight"))
+    }
+
+
 def embedding_rows(base: BaseModel) -> int | None:
     """Return the number of rows of the base's embedding; None if unknown or ambiguous."""
     rows = _embeddings(base)
@@ -45,10 +54,8 @@ def _embeddings(base: BaseModel) -> Mapping[int, Sequence[tuple[int, str]]]:
     The cache helps because each embedding in an adapter's file is compared with the base's.
     """
     found: dict[int, list[tuple[int, str]]] = {}
-    for name, tensor in base.tensors.items():
-        if is_embedding(name.removesuffix(".weight")) and len(tensor.info.shape) == 2:
-            rows, columns = tensor.info.shape
-            found.setdefault(rows, []).append((columns, name))
+    for name, (rows, columns) in embeddings(base).items():
+        found.setdefault(rows, []).append((columns, name))
     return {rows: sorted(those) for rows, those in found.items()}
 
 
@@ -206,17 +213,12 @@ def _tokens(name: str, source: ByteSource) -> Iterator[int]:
     if name not in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json"):
         return
     document, _ = read_json(source, limit=TOKENIZER_LIMIT, pythons_numbers=True)
-    if not isinstance(document, dict):
-        return
-    found: list[object] = []
-    if name == "added_tokens.json":
-        found += document.values()
-    elif name == "tokenizer_config.json":
-        decoder = document.get("added_tokens_decoder")
-        keys = decoder if isinstance(decoder, dict) else {}
-        found += [int(key[:_LONGEST_ID]) for key in keys if key.isdecimal()]
-    else:
-        added = document.get("added_tokens")
-        entries = added if isinstance(added, list) else []
-        found += [entry.get("id") for entry in entries if isinstance(entry, dict)]
+    found: Iterable[object] = ()
+    match name, document:
+        case "added_tokens.json", dict():
+            found = document.values()
+        case "tokenizer_config.json", {"added_tokens_decoder": dict(decoder)}:
+            found = [int(key[:_LONGEST_ID]) for key in decoder if key.isdecimal()]
+        case "tokenizer.json", {"added_tokens": list(entries)}:
+            found = [entry.get("id") for entry in entries if isinstance(entry, dict)]
     yield from (token for token in found if isinstance(token, int))

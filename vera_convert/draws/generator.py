@@ -165,12 +165,11 @@ class Draw:
         shapes = (self.rank, self.in_features), (self.out_features, self.rank)
         if min(*shapes[0], *shapes[1]) < 1:
             raise ValueError(f"the dimensions must be at least one, not {shapes}")
-        source = Source(self.variant, key=self.key)
-        pair = [np.empty(shape, self.variant.dtype) for shape in shapes]
-        count = counter("regenerated", sum(matrix.nbytes for matrix in pair))
-        for matrix in pair:
-            source.fill(matrix, fan_in=matrix.shape[1], count=count)
-        A, B = (rounded(matrix, self.rounding) for matrix in pair)
+        dtype = self.variant.dtype if self.rounding is Rounding.NONE else _FLOAT32
+        A, B = (np.empty(shape, dtype) for shape in shapes)
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        for tensor, row, rows in redrawn(self, **sizes):
+            (A if tensor == "vera_A" else B)[row : row + len(rows)] = rows
         return A, B
 
     @property

@@ -185,10 +185,7 @@ def _read_raw(source: ByteSource) -> bytes:
 _MAGIC: Mapping[bytes, tuple[Rule, str]] = {
     b"version https://git-lfs": (rules.LFS_POINTER, "a Git LFS pointer"),
     b"PK\x03\x04": (rules.PICKLE_RENAMED, "a zip archive, as torch.save writes it"),
-    b"\x80\x02": (rules.PICKLE_RENAMED, "a pickle"),
-    b"\x80\x03": (rules.PICKLE_RENAMED, "a pickle"),
-    b"\x80\x04": (rules.PICKLE_RENAMED, "a pickle"),
-    b"\x80\x05": (rules.PICKLE_RENAMED, "a pickle"),
+    **{b"\x80%c" % protocol: (rules.PICKLE_RENAMED, "a pickle") for protocol in range(2, 6)},
     b"GGUF": (rules.OTHER_FORMAT, "a GGUF file"),
     b"\x89HDF": (rules.OTHER_FORMAT, "an HDF5 file"),
     b"\x93NUMPY": (rules.OTHER_FORMAT, "a NumPy array"),

@@ -180,12 +180,7 @@ def same_bytes(first: ByteSource, at: int, second: ByteSource, start: int, size:
     )
 
 
-def open_local(
-    path: Path,
-    *,
-    within: Path | None = None,
-    limit: int | None = None,
-) -> LocalFile:
+def open_local(path: Path, *, within: Path | None = None, limit: int | None = None) -> LocalFile:
     """Open a regular file; refuse anything else without blocking.
 
     Args:

@@ -41,11 +41,7 @@ class Folder(NamedTuple):
 
 
 def walk(
-    root: Path,
-    name: str = "",
-    *,
-    hidden: bool = False,
-    failed: Failed = None,
+    root: Path, name: str = "", *, hidden: bool = False, failed: Failed = None
 ) -> Iterator[Folder]:
     """Yield a folder, then each subfolder in sorted order, each with the folders below.
 

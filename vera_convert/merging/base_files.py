@@ -9,9 +9,9 @@ from pathlib import Path
 
 from vera_convert.assembly.input_files import InputFile, StoredTensor
 from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel, parse_config_file
-from vera_convert.base.own_heads import shows_own_head, stored_heads
 from vera_convert.base.quantized.unpack import Unpacked
 from vera_convert.base.side_files import ModelFiles, sort_files
+from vera_convert.base.tied import shows_own_head, stored_heads
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.shards import read_weight_map
 from vera_convert.files.strict_json import read_json

@@ -144,7 +144,12 @@ class BuiltLayers:
     @cached_property
     def _counts(self) -> list[tuple[str, int]]:
         """Every number of layers in the config, with the part of a path that has these layers."""
-        return [*_layer_counts(self._config)]
+        return [
+            (hit["stem"] or hit["experts"] or scope, value)
+            for scope, part in _parts(self._config)
+            for name, value in part.items()
+            if type(value) is int and value > 0 and (hit := _COUNT.fullmatch(name)) is not None
+        ]
 
     @cached_property
     def _known(self) -> frozenset[str]:
@@ -164,14 +169,6 @@ def _numbered(module: str) -> Iterator[tuple[str, int, str]]:
     for at in range(1, len(parts) - 1):
         if parts[at].isdecimal() and len(parts[at]) < 10:
             yield ".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :])
-
-
-def _layer_counts(config: Mapping[str, object]) -> Iterator[tuple[str, int]]:
-    for scope, part in _parts(config):
-        for name, value in part.items():
-            hit = _COUNT.fullmatch(name)
-            if hit is not None and type(value) is int and value > 0:
-                yield hit["stem"] or hit["experts"] or scope, value
 
 
 def _lengths(config: Mapping[str, object]) -> set[int]:

@@ -14,8 +14,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import accumulate
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
@@ -23,7 +24,6 @@ from vera_convert.arguments import NEWEST_PEFT
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.tables import table
-from vera_convert.targets.endings import Endings
 from vera_convert.targets.linear import Linear, ModelLayers
 from vera_convert.targets.patterns import Pattern, search
 from vera_convert.text import printable
@@ -131,22 +131,15 @@ def is_all_linear(targets: tuple[str, ...] | str | None) -> bool:
 def _all_linear(model: ModelLayers, task_type: str | None, *, peft: Version) -> tuple[str, ...]:
     left_out = set(model.output_heads)
     if not left_out and task_type == "SEQ_CLS" and peft >= (0, 13):
-        left_out |= set(_classifier(model.linear))
+        # PEFT looks for one classifier; a container of this name leaves all its layers in.
+        parts = {name.partition(".")[0] for name in model.linear}
+        left_out |= {next((head for head in ("score", "classifier") if head in parts), "")}
     if peft < (0, 15):
         # Last path elements, from which the full names of the heads are taken: a nested head stays.
         names = dict.fromkeys(name.rpartition(".")[2] for name in model.linear)
     else:
         names = dict.fromkeys(model.linear)
     return tuple(name for name in names if name not in left_out)
-
-
-def _classifier(names: Iterable[str]) -> Iterator[str]:
-    """Yield the classifier that PEFT looks for; one that is a container shields nothing."""
-    names = list(names)
-    for head in ("score", "classifier"):
-        if any(name == head or name.startswith(f"{head}.") for name in names):
-            yield head
-            return
 
 
 def condensed(
@@ -166,7 +159,7 @@ def condensed(
     others = {
         suffix
         for name in names
-        for path in (name, *_parents(name))
+        for path in accumulate(name.split("."), "{}.{}".format)
         if not endings.has(path)
         for suffix in endings.suffixes(path)
     }
@@ -176,11 +169,6 @@ def condensed(
     )
     found = tuple(dict.fromkeys(suffix for suffix in shortest if suffix is not None))
     return found if 0 < len(found) < len(listed) else targets
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 # --- which modules have such a name --------------------------------------------------------------
@@ -203,7 +191,8 @@ def matching(names: Sequence[str], config: VeraConfig, *, peft: Version = NEWEST
     if not _limits_layers(config):
         return matched
     by_suffix = [name for name in matched if name not in listed]
-    numbers = frozenset(_layer_numbers(config))
+    limit = config.layers_to_transform
+    numbers = {*limit} if isinstance(limit, tuple) else {limit}
     allowed = {
         name
         for name, index in zip(by_suffix, _indices(by_suffix, config, peft=peft), strict=True)
@@ -230,11 +219,6 @@ def _not_saved_whole(names: Sequence[str], config: VeraConfig, *, peft: Version)
 
 def _limits_layers(config: VeraConfig) -> bool:
     return config.layers_to_transform is not None and config.layers_to_transform != ()
-
-
-def _layer_numbers(config: VeraConfig) -> tuple[int, ...]:
-    limit = config.layers_to_transform
-    return limit if isinstance(limit, tuple) else (limit,) if limit is not None else ()
 
 
 def _indices(names: Sequence[str], config: VeraConfig, *, peft: Version) -> list[int | None]:
@@ -292,3 +276,47 @@ def _number(text: str, *, peft: Version) -> int | None:
 def _is_plain(pattern: str) -> bool:
     """Say whether a pattern matches its own text alone, so that a comparison is enough."""
     return re.fullmatch(r"[\w-]+", pattern) is not None
+
+
+# --- names as a tree ------------------------------------------------------------------------------
+
+
+class Endings:
+    """Names, each of which matches an equal path and every path that ends with a dot and the name.
+
+    The names are a tree of elements, the last element first. A search takes as many steps as the
+    path has elements, however many names there are.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._tree: dict[str, Any] = {}
+        for name in names:
+            node = self._tree
+            for element in reversed(name.split(".")):
+                node = node.setdefault(element, {})
+            node[_END] = name
+
+    def of(self, path: str) -> Iterator[str]:
+        """Yield each name that a path equals or ends with, the shortest first."""
+        return (node[_END] for _, node in self._walk(path) if _END in node)
+
+    def has(self, path: str) -> bool:
+        """Say whether a path equals or ends with any name."""
+        return any(_END in node for _, node in self._walk(path))
+
+    def suffixes(self, path: str) -> Iterator[str]:
+        """Yield the endings that a path shares with any name, the shortest first."""
+        parts = path.split(".")
+        return (".".join(parts[-count:]) for count, _ in self._walk(path))
+
+    def _walk(self, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        node = self._tree
+        for count, element in enumerate(reversed(path.split(".")), 1):
+            if element not in node:
+                return
+            node = node[element]
+            yield count, node
+
+
+_END = "."
+"""Marks where a name ends; no element has a dot."""

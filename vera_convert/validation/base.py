@@ -15,7 +15,6 @@ from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.model import BaseModel
-from vera_convert.base.own_heads import shows_own_head
 from vera_convert.base.quantized.targets import misdescribed, quantized_elsewhere, target_findings
 from vera_convert.base.quantized.unpack import Unpacked, unpacked
 from vera_convert.base.replacements import (
@@ -27,7 +26,7 @@ from vera_convert.base.replacements import (
 from vera_convert.base.resizes import resizes
 from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.base.strategies import AS_THEY_ARE
-from vera_convert.base.tied import is_saved_twice, is_tied_head, lone_embeddings
+from vera_convert.base.tied import is_saved_twice, is_tied_head, lone_embeddings, shows_own_head
 from vera_convert.base.vocabulary import check_own_tokens, tied_copies
 from vera_convert.embeddings import is_output_head
 from vera_convert.errors import CheckpointError

@@ -21,8 +21,7 @@ from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.repo_name import is_repo_id, is_revision
 from vera_convert.rules import Finding
-from vera_convert.targets.endings import Endings
-from vera_convert.targets.matching import is_all_linear, matching
+from vera_convert.targets.matching import Endings, is_all_linear, matching
 from vera_convert.text import printable
 
 _COPY_IS_FINE = "No action is needed: PEFT stores the base's weight of an adapted head."
