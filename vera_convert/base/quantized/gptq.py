@@ -135,5 +135,5 @@ FORMAT = Format(
     packed="qweight",
     undecided=KERNELS_DECIDE,
     needs_config=True,
-    loses_plain=True,
+    plain=None,
 )

@@ -215,8 +215,7 @@ class Format:
         dropped: tensors in and around the layers that a dequantized model leaves out.
         tells_shape: a pattern of the name of the small tensor that tells a weight's shape.
         plain: how loaders treat a plain weight that the config calls quantized; empty if loaders
-            always keep such a weight, or always lose it.
-        loses_plain: whether loaders always lose such a weight.
+            keep such a weight, None if loaders lose such a weight.
     """
 
     label: str
@@ -230,8 +229,7 @@ class Format:
     needs_config: bool = False
     dropped: frozenset[str] = frozenset()
     tells_shape: str | None = None
-    plain: str = ""
-    loses_plain: bool = False
+    plain: str | None = ""
 
     def has_sign(self, rest: str) -> bool:
         """Return whether the format writes a tensor of the name beside a weight."""

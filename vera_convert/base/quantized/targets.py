@@ -88,7 +88,7 @@ def misdescribed(base: Unpacked, weights: Iterable[str]) -> Iterator[Finding]:
         reason = f"the files hold {len(paths):,} packed layers, and quantization_config calls "
         reason += f'{len(found):,} of them plain, such as "{printable(found[0])}".'
         yield rules.BASE_MISDESCRIBED.at(label, reason)
-    if any(each.loses_plain for each in base.formats.values()):
+    if any(each.plain is None for each in base.formats.values()):
         plain = [name for name in dict.fromkeys(weights) if name not in base.weights]
         lost = [*Quantization(base.stored).of_all(plain)]
         if lost:
