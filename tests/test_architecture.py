@@ -25,7 +25,7 @@ arguments
 draws: generator comparison recognition
 publish: signals filesystem place staging publishing
 hub: repo_name redaction checksum location refusals retry header_cache range_file client
-hub: download files lookup
+hub: download repos lookup
 adapter: config fingerprint names adapter lora_record saved_modules sorting folder
 adapter: values opening repairs
 targets: patterns linear matching architectures built

@@ -7,7 +7,6 @@ import pytest
 from hub_server import HubServer
 
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
-from vera_convert.hub.files import SIDE_FILE_LIMIT
 from vera_convert.hub.lookup import (
     AmbiguousBaseError,
     HubAccess,
@@ -19,6 +18,7 @@ from vera_convert.hub.lookup import (
     locate,
     open_file,
 )
+from vera_convert.hub.repos import SIDE_FILE_LIMIT
 
 SECRET = "hf_SecretToken"  # noqa: S105 - of the stand-in
 ADAPTER = {

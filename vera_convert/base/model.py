@@ -29,10 +29,10 @@ from vera_convert.files.shards import (
     stray_weights,
 )
 from vera_convert.files.strict_json import NOT_FINITE, parse_json, read_json
-from vera_convert.hub.files import kept_bytes
 from vera_convert.hub.header_cache import Beginning
 from vera_convert.hub.lookup import HubAccess, Location, list_files, open_file
 from vera_convert.hub.range_file import RemoteFile
+from vera_convert.hub.repos import kept_bytes
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 

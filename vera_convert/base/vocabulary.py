@@ -17,7 +17,7 @@ from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import ByteSource, open_local
 from vera_convert.files.strict_json import read_json
-from vera_convert.hub.files import TOKENIZER_LIMIT
+from vera_convert.hub.repos import TOKENIZER_LIMIT
 from vera_convert.tables import table
 from vera_convert.text import printable
 

@@ -4,7 +4,8 @@ The rest of the package asks this module for locations and files. Each further w
 such as pushing a result, gets a separate module beside `download`, built on the requests of
 `client`.
 
-With ``--offline`` or HF_HUB_OFFLINE this module reads the local cache alone.
+With ``--offline`` or HF_HUB_OFFLINE the local cache alone is read. A folder needs nothing of the
+Hub: only a repo loads `repos`, which takes a part of the time of a start.
 """
 
 from __future__ import annotations
@@ -13,27 +14,16 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vera_convert.errors import ParameterError, SurroundingsError, UsageError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
-from vera_convert.files.reading import unreadable
-from vera_convert.hub.checksum import RepoFile
-from vera_convert.hub.client import repo_info
-from vera_convert.hub.download import cached_commit, snapshot_of
-from vera_convert.hub.files import (
-    adapter_files,
-    fetch_adapter,
-    fetch_base,
-    fetch_weights,
-    list_files,
-    open_file,
-)
-from vera_convert.hub.location import HubAccess, Location, hub_access_of, not_cached
-from vera_convert.hub.refusals import OutOfReachError, Refusal, RefusedError
+from vera_convert.files.reading import LocalFile, open_local, unreadable
+from vera_convert.files.walk import file_sizes
+from vera_convert.hub.location import HubAccess, Location, hub_access_of
 from vera_convert.hub.repo_name import (
     SCHEME,
     RepoName,
@@ -44,12 +34,14 @@ from vera_convert.hub.repo_name import (
 )
 from vera_convert.text import printable
 
+if TYPE_CHECKING:
+    from vera_convert.hub.range_file import RemoteFile
+
 __all__ = (
     "AmbiguousBaseError",
     "HubAccess",
     "Location",
     "NamedBase",
-    "adapter_files",
     "base_from_config",
     "fetch_adapter",
     "fetch_base",
@@ -124,8 +116,10 @@ def locate(
             f"{printable(text)} is neither a folder here nor a repo on the Hub: {error}. "
             "A repo is written org/name, org/name@revision or org/name@revision/subfolder."
         ) from None
+    from vera_convert.hub.repos import resolve
+
     try:
-        return _resolve(_with_revision(name, revision), access)
+        return resolve(_with_revision(name, revision), access)
     except SurroundingsError as error:
         if "://" not in text:
             error.args = (f"there is no folder {printable(text)}, and {error}",)
@@ -152,10 +146,13 @@ def base_from_config(name: str | None, revision: str | None, access: HubAccess) 
         )
     if revision is not None and not is_revision(revision):
         return NamedBase(None, f"{printable(revision)} is no revision of the base {name}")
+    from vera_convert.hub.refusals import Refusal, RefusedError
+    from vera_convert.hub.repos import resolve_base
+
     if not _holds_model(Path(name)):
-        return NamedBase(_named_repo(RepoName(name, revision), access))
+        return NamedBase(resolve_base(RepoName(name, revision), access))
     try:
-        _named_repo(RepoName(name, revision), access)
+        resolve_base(RepoName(name, revision), access)
     except SurroundingsError as error:
         refusal = error.refusal if isinstance(error, RefusedError) else None
         if access.is_offline or refusal in (Refusal.MISSING, Refusal.PRIVATE):
@@ -175,16 +172,6 @@ def base_from_config(name: str | None, revision: str | None, access: HubAccess) 
         f"the adapter's config calls the base {name}, which is a model in a folder here and a repo "
         f"on the Hub: say which with --base ./{name} or --base {SCHEME}{name}."
     )
-
-
-def _named_repo(wanted: RepoName, access: HubAccess) -> Location:
-    """Find the repo of a base, in the cache first."""
-    cached = cached_commit(wanted, access)
-    if cached is not None and any(
-        snapshot_of(wanted.repo_id, cached, access).rglob("*.safetensors")
-    ):
-        return _at(wanted, cached)
-    return _resolve(wanted, access)
 
 
 def _holds_model(folder: Path) -> bool:
@@ -239,26 +226,88 @@ def _with_revision(name: RepoName, revision: str | None) -> RepoName:
     return replace(name, revision=revision)
 
 
-# --- commits and the cache -----------------------------------------------------------------------
+# --- files of a location -------------------------------------------------------------------------
 
 
-def _at(name: RepoName, commit: str, listed: Mapping[str, RepoFile] | None = None) -> Location:
-    place = name.repo_id, commit, name.subfolder, name.revision
-    found = Location("", None, *place, listed=listed)
-    return replace(found, label=printable(found.address or ""))
+def list_files(location: Location, access: HubAccess) -> dict[str, int]:
+    """Return the sizes of a location's files by name, in sorted order, without hidden files.
+
+    Names are relative to the location, with `/`. An unstated size is -1. If the
+    Hub does not answer, the result lists the cached files of the commit.
+
+    Raises:
+        SurroundingsError: the folder is missing or unreadable; the repo is gated; no network.
+    """
+    if location.folder is not None:
+        return file_sizes(location.folder)
+    from vera_convert.hub import repos
+
+    return repos.list_files(location, access)
 
 
-def _resolve(name: RepoName, access: HubAccess) -> Location:
-    """Return the commit of a revision: from the Hub, or from the cache if the Hub is silent."""
-    cached = cached_commit(name, access)
-    if cached is not None and (access.is_offline or name.revision == cached):
-        return _at(name, cached)
-    if access.is_offline:
-        raise not_cached(f"{name.repo_id}@{name.revision or 'main'}")
-    try:
-        found = repo_info(name.repo_id, name.revision, access)
-    except OutOfReachError:
-        if cached is None:
-            raise
-        return _at(name, cached)
-    return _at(name, found.commit, found.files)
+def open_file(location: Location, filename: str, access: HubAccess) -> LocalFile | RemoteFile:
+    """Open a file for reading by position: in a folder or in the cache, else by range requests.
+
+    Args:
+        location: a folder, or a repo at a commit.
+        filename: the path relative to the location, with `/`.
+        access: the access to the Hub.
+
+    Raises:
+        CheckpointError: the name leads out of the repo.
+        SurroundingsError: the file is missing or unreadable.
+    """
+    if location.folder is not None:
+        return open_local(location.folder / filename, within=location.folder)
+    from vera_convert.hub import repos
+
+    return repos.open_file(location, filename, access)
+
+
+def fetch_adapter(location: Location, access: HubAccess) -> Location:
+    """Fetch an adapter: the config, the weights of any size, and small other files.
+
+    The result names the omitted files: pickled weights, training states, files of more than 10 MB
+    (a tokenizer of more than 100 MB), and names that some systems forbid. Hidden files
+    and subfolders that are adapters are ignored.
+
+    Args:
+        location: a folder, which is returned unchanged, or a repo.
+        access: the access to the Hub.
+
+    Raises:
+        CheckpointError: config or weights are missing.
+        SurroundingsError: a file is missing, or the download fails.
+    """
+    if location.folder is not None:
+        return location
+    from vera_convert.hub import repos
+
+    return repos.fetch_adapter(location, access)
+
+
+def fetch_weights(location: Location, access: HubAccess) -> Location:
+    """Fetch only the config and weights of an adapter; otherwise like `fetch_adapter`."""
+    if location.folder is not None:
+        return location
+    from vera_convert.hub import repos
+
+    return repos.fetch_weights(location, access)
+
+
+def fetch_base(location: Location, access: HubAccess, *, names: Collection[str]) -> Location:
+    """Fetch files of a base through the cache.
+
+    Args:
+        location: a folder, which is returned unchanged, or a repo.
+        access: the access to the Hub.
+        names: the files to fetch, named as by `list_files`; at least one.
+
+    Raises:
+        SurroundingsError: a file is missing, or the download fails.
+    """
+    if location.folder is not None:
+        return location
+    from vera_convert.hub import repos
+
+    return repos.fetch_base(location, access, names=names)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from logging import LogRecord
 
 _PATTERNS = (
     (re.compile(r"\bhf_[A-Za-z0-9_.-]+"), "hf_***"),
@@ -30,21 +33,20 @@ def redacted(text: str, *secrets: str | None) -> str:
     return text
 
 
-class _Redacting(logging.Filter):
-    """Removes secrets from log lines: huggingface_hub logs addresses with signatures."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redacted(record.getMessage()), ()
-        if record.exc_info:
-            record.exc_text = redacted(logging.Formatter().formatException(record.exc_info))
-            record.exc_info = None
-        return True
-
-
-_REDACTING = _Redacting()
-
-
 def keep_secrets_from_logs() -> None:
     """Let no handler of huggingface_hub write a secret."""
+    import logging  # only the Hub's client logs
+
     for handler in logging.getLogger("huggingface_hub").handlers:
-        handler.addFilter(_REDACTING)  # a second time is harmless
+        handler.addFilter(_without_secrets)  # a second time is harmless
+
+
+def _without_secrets(record: LogRecord) -> bool:
+    """Remove secrets from a log line: huggingface_hub logs addresses with signatures."""
+    from logging import Formatter
+
+    record.msg, record.args = redacted(record.getMessage()), ()
+    if record.exc_info:
+        record.exc_text = redacted(Formatter().formatException(record.exc_info))
+        record.exc_info = None
+    return True

@@ -22,8 +22,8 @@ from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.file_names import CARD_NAME
 from vera_convert.files.reading import open_local
 from vera_convert.files.strict_json import read_json
-from vera_convert.hub.files import TOKENIZER_LIMIT
 from vera_convert.hub.lookup import Location
+from vera_convert.hub.repos import TOKENIZER_LIMIT
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 

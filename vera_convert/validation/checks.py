@@ -25,16 +25,15 @@ from vera_convert.draws.generator import Rounding
 from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME, is_pickle, is_training_state
+from vera_convert.files.reading import LocalFile
 from vera_convert.files.value_range import value_ranges
 from vera_convert.hub.lookup import (
     HubAccess,
     Location,
-    adapter_files,
     fetch_weights,
     locate,
     open_file,
 )
-from vera_convert.hub.range_file import RemoteFile
 from vera_convert.rules import Finding
 from vera_convert.text import printable, there_are
 from vera_convert.validation.config import (
@@ -132,13 +131,15 @@ class _Check:
                 yield examined
                 self.checked = replace(self.checked, bytes_read=0 if location.repo_id else None)
             return
+        from vera_convert.hub.repos import adapter_files
+
         self.findings += _names_findings(adapter_files(location, access), place=location.label)
         with (
             open_file(location, CONFIG_NAME, access) as config,
             open_file(location, WEIGHTS_NAME, access) as weights,
         ):
             yield examine(_REMOTE, config, weights, values=False)
-            remote = (each for each in (config, weights) if isinstance(each, RemoteFile))
+            remote = (each for each in (config, weights) if not isinstance(each, LocalFile))
             self.checked = replace(self.checked, bytes_read=sum(each.bytes_read for each in remote))
 
     def run(self, examined: Examined, folder: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""List the files of a location, open a file for range requests, or fetch files into the cache."""
+"""Find the commit of a repo, list the files, open a file for range requests, or fetch files."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from vera_convert.hub.checksum import RepoFile
 from vera_convert.hub.client import asking_for, endpoint, repo_info
 from vera_convert.hub.download import (
     cache_of_repo,
+    cached_commit,
     download,
     is_sound,
     remember_commit,
@@ -33,6 +34,7 @@ from vera_convert.hub.header_cache import HeaderCache
 from vera_convert.hub.location import HubAccess, Location, inside, not_cached, on_hub
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.hub.refusals import OutOfReachError
+from vera_convert.hub.repo_name import RepoName
 from vera_convert.text import printable
 
 SIDE_FILE_LIMIT = 10_000_000
@@ -41,17 +43,38 @@ TOKENIZER_LIMIT = 100_000_000
 """The most bytes of a fetched ``tokenizer.json``; large vocabularies take 11 to 35 million."""
 
 
+def resolve(name: RepoName, access: HubAccess) -> Location:
+    """Return the commit of a revision: from the Hub, or from the cache if the Hub is silent."""
+    cached = cached_commit(name, access)
+    if cached is not None and (access.is_offline or name.revision == cached):
+        return _at(name, cached)
+    if access.is_offline:
+        raise not_cached(f"{name.repo_id}@{name.revision or 'main'}")
+    try:
+        found = repo_info(name.repo_id, name.revision, access)
+    except OutOfReachError:
+        if cached is None:
+            raise
+        return _at(name, cached)
+    return _at(name, found.commit, found.files)
+
+
+def resolve_base(name: RepoName, access: HubAccess) -> Location:
+    """Return the cached commit of a revision if the cache has weights, else as `resolve`."""
+    cached = cached_commit(name, access)
+    if cached is not None and any(snapshot_of(name.repo_id, cached, access).rglob("*.safetensors")):
+        return _at(name, cached)
+    return resolve(name, access)
+
+
+def _at(name: RepoName, commit: str, listed: Mapping[str, RepoFile] | None = None) -> Location:
+    place = name.repo_id, commit, name.subfolder, name.revision
+    found = Location("", None, *place, listed=listed)
+    return replace(found, label=printable(found.address or ""))
+
+
 def list_files(location: Location, access: HubAccess) -> dict[str, int]:
-    """Return the sizes of a location's files by name, in sorted order, without hidden files.
-
-    Names are relative to the location, with `/`. An unstated size is -1. If the
-    Hub does not answer, the result lists the cached files of the commit.
-
-    Raises:
-        SurroundingsError: the folder is missing or unreadable; the repo is gated; no network.
-    """
-    if location.folder is not None:
-        return file_sizes(location.folder)
+    """Return the sizes of a repo's files: see `lookup.list_files`."""
     repo_id, commit = on_hub(location)
     cached = snapshot_of(repo_id, commit, access) / location.subfolder
     if access.is_offline and not cached.is_dir():
@@ -96,19 +119,7 @@ def _below(subfolder: str, names: Mapping[str, int]) -> dict[str, int]:
 
 
 def open_file(location: Location, filename: str, access: HubAccess) -> LocalFile | RemoteFile:
-    """Open a file for reading by position: in a folder or in the cache, else by range requests.
-
-    Args:
-        location: a folder, or a repo at a commit.
-        filename: the path relative to the location, with `/`.
-        access: the access to the Hub.
-
-    Raises:
-        CheckpointError: the name leads out of the repo.
-        SurroundingsError: the file is missing or unreadable.
-    """
-    if location.folder is not None:
-        return open_local(location.folder / filename, within=location.folder)
+    """Open a file in the cache, else by range requests: see `lookup.open_file`."""
     repo_id, commit = on_hub(location)
     name = inside(location, filename)
     snapshot = snapshot_of(repo_id, commit, access)
@@ -138,22 +149,7 @@ def _header_cache(repo_id: str, commit: str, name: str, access: HubAccess) -> He
 
 
 def fetch_adapter(location: Location, access: HubAccess) -> Location:
-    """Fetch an adapter: the config, the weights of any size, and small other files.
-
-    The result names the omitted files: pickled weights, training states, files of more than 10 MB
-    (a tokenizer of more than 100 MB), and names that some systems forbid. Hidden files
-    and subfolders that are adapters are ignored.
-
-    Args:
-        location: a folder, which is returned unchanged, or a repo.
-        access: the access to the Hub.
-
-    Raises:
-        CheckpointError: config or weights are missing.
-        SurroundingsError: a file is missing, or the download fails.
-    """
-    if location.folder is not None:
-        return location
+    """Fetch an adapter: see `lookup.fetch_adapter`."""
     names = adapter_files(location, access)
     beside = {name: size for name, size in names.items() if name not in (CONFIG_NAME, WEIGHTS_NAME)}
     small = [
@@ -172,9 +168,7 @@ def _limit(name: str) -> int:
 
 
 def fetch_weights(location: Location, access: HubAccess) -> Location:
-    """Fetch only the config and weights of an adapter; otherwise like `fetch_adapter`."""
-    if location.folder is not None:
-        return location
+    """Fetch the config and the weights of an adapter."""
     adapter_files(location, access)
     return replace(location, folder=_download(location, [CONFIG_NAME, WEIGHTS_NAME], access))
 
@@ -217,18 +211,7 @@ def _require_adapter(location: Location, names: Collection[str], others: Sequenc
 
 
 def fetch_base(location: Location, access: HubAccess, *, names: Collection[str]) -> Location:
-    """Fetch files of a base through the cache.
-
-    Args:
-        location: a folder, which is returned unchanged, or a repo.
-        access: the access to the Hub.
-        names: the files to fetch, named as by `list_files`; at least one.
-
-    Raises:
-        SurroundingsError: a file is missing, or the download fails.
-    """
-    if location.folder is not None:
-        return location
+    """Fetch files of a base: see `lookup.fetch_base`."""
     return replace(location, folder=_download(location, sorted(names), access))
 
 
