@@ -1,4 +1,4 @@
-"""These tests need torch, transformers and PEFT; where they are missing, one test alone is run."""
+"""These tests need torch, transformers and PEFT; without these, only one test runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ collect_ignore_glob = [] if PRESENT else ["test_[!w]*.py"]
 
 @pytest.fixture(scope="session", autouse=PRESENT)
 def _one_thread() -> None:
-    """Threads would only wait for each other on matrices this small."""
+    """Use one thread, because more threads only wait for each other on matrices this small."""
     import torch
 
     torch.set_num_threads(1)
@@ -23,7 +23,9 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def models_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModelComparison]:
-    """Let `verify` run models in this process: a child imports torch and transformers once more."""
+    """Let `verify` run models in this process; a child process would import torch and transformers
+    again.
+    """
     from vera_convert.verification import verify
     from vera_convert.with_torch.compare import compare_lora, compare_models
 

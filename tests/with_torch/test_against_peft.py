@@ -1,4 +1,4 @@
-"""The model held against PEFT's: the same values, names, files, logits and training."""
+"""Compare the model with PEFT's: the same values, names, files, logits and training."""
 
 # mypy: allow-subclassing-any
 from __future__ import annotations
@@ -28,7 +28,7 @@ every_model = pytest.mark.parametrize(
 
 @every_model
 @pytest.mark.parametrize("init_weights", [True, False])
-def test_saved_files_are_byte_equal_to_pefts(
+def test_saved_files_are_byte_equal_to_peft_s(
     kind: str, dtype: str, init_weights: Any, tmp_path: Path
 ) -> None:
     theirs, ours = saved(*wrapped_twice(kind, dtype, init_weights=init_weights), tmp_path)
@@ -36,14 +36,14 @@ def test_saved_files_are_byte_equal_to_pefts(
     assert config_of(theirs) == config_of(ours)
 
 
-def test_a_config_without_sets_is_byte_equal_to_pefts(tmp_path: Path) -> None:
+def test_a_config_without_sets_is_byte_equal_to_peft_s(tmp_path: Path) -> None:
     theirs, ours = saved(*wrapped_twice("gpt2", target_modules=["c_attn"]), tmp_path)
     name = "adapter_config.json"
     assert (theirs / name).read_bytes() == (ours / name).read_bytes()
 
 
 @every_model
-def test_parameter_names_are_pefts(kind: str, dtype: str) -> None:
+def test_parameter_names_equal_peft_s(kind: str, dtype: str) -> None:
     theirs, ours = wrapped_twice(kind, dtype)
     names = set(theirs.base_model.state_dict())
     copies = {name for name in names if ".vera_A." in name or ".vera_B." in name}
@@ -54,7 +54,7 @@ def test_parameter_names_are_pefts(kind: str, dtype: str) -> None:
 
 
 @every_model
-def test_peft_and_we_load_the_files_of_each_other(kind: str, dtype: str, tmp_path: Path) -> None:
+def test_peft_loads_our_files_and_we_load_peft_s(kind: str, dtype: str, tmp_path: Path) -> None:
     models = wrapped_twice(kind, dtype)
     expected, other = (torchmodels.logits(model, kind, dtype) for model in models)
     assert torch.equal(expected, other)
@@ -88,7 +88,7 @@ def test_autocast_gives_the_same_bits_as_peft(kind: str, dtype: str, half: Any) 
 
 
 @every_model
-def test_merged_models_are_bit_equal_to_pefts(kind: str, dtype: str) -> None:
+def test_merged_models_are_bit_equal_to_peft_s(kind: str, dtype: str) -> None:
     theirs, ours = wrapped_twice(kind, dtype)
     ours.merge()
     expected = theirs.merge_and_unload().state_dict()
@@ -211,7 +211,7 @@ def test_a_file_without_the_copy_of_an_adapted_head_loads(tmp_path: Path) -> Non
 
 
 class Mixed(nn.Module):
-    """Layers of several dtypes, one after the other."""
+    """Layers of several dtypes, one after another."""
 
     def __init__(self, *dtypes: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The model called as users of PEFT call theirs, and held against PEFT's own."""
+"""Call the model as users of PEFT call PEFT's model, and compare the results of both."""
 
 # mypy: allow-subclassing-any
 from __future__ import annotations
@@ -38,7 +38,7 @@ def llama(**fields: Any) -> VeraModel:
     return VeraModel(torchmodels.built("llama"), replace(OURS, **fields))
 
 
-def says(model: Any) -> Any:
+def output_of(model: Any) -> Any:
     return torchmodels.logits(model, "llama")
 
 
@@ -48,7 +48,7 @@ def trained_names(model: Any) -> set[str]:
     }
 
 
-# --- what exists ---------------------------------------------------------------------------------
+# --- methods and arguments -----------------------------------------------------------------------
 
 
 def public(kind: type, *without: type) -> set[str]:
@@ -61,10 +61,10 @@ THEIRS = public(peft.PeftModel, nn.Module) | {
     *("disable_adapter_layers", "enable_adapter_layers", "inject_adapter"),
 }
 OF_THE_BASE = {"generate", "base_model_torch_dtype"}
-"""Names that PEFT's class has, and a VeraModel looks up in the model."""
+"""Names that PEFT's class defines, and that VeraModel takes from the wrapped model."""
 
 
-def test_every_method_of_pefts_model_exists_or_is_declined_with_a_reason() -> None:
+def test_every_method_of_peft_s_model_exists_or_is_declined_with_a_reason() -> None:
     assert "delete_adapter" in THEIRS
     assert all(hasattr(peft.PeftModel, name) or hasattr(BaseTuner, name) for name in THEIRS)
     missing = {name for name in THEIRS - OF_THE_BASE if not hasattr(VeraModel, name)}
@@ -74,7 +74,7 @@ def test_every_method_of_pefts_model_exists_or_is_declined_with_a_reason() -> No
             getattr(llama(), name)
 
 
-def test_nothing_is_pushed_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError
 
@@ -122,7 +122,7 @@ def test_parameters_are_counted_and_printed_as_by_peft(capsys: pytest.CaptureFix
     assert capsys.readouterr().out == expected
 
 
-def test_a_choice_can_be_its_string(tmp_path: Path) -> None:
+def test_a_choice_can_be_given_as_a_string(tmp_path: Path) -> None:
     model: Any = VeraModel
     base = torchmodels.built("llama")
     separate = model(base, replace(OURS, save_projection=False), variant="float32-separate")
@@ -148,7 +148,7 @@ def test_a_choice_can_be_its_string(tmp_path: Path) -> None:
 
 
 def two(**fields: Any) -> tuple[Any, VeraModel]:
-    """Wrap a model twice, by PEFT and by us, each time with the same two adapters."""
+    """Wrap a model with PEFT and with this package, each time with the same two adapters."""
     theirs, ours = wrapped_twice("llama", **fields)
     given = {**FIELDS, "target_modules": ["q_proj", "down_proj", "v_proj"]}
     theirs.add_adapter("two", peft.VeraConfig(**given))
@@ -168,7 +168,7 @@ def test_a_deleted_adapter_is_gone_as_in_peft(deleted: str, active: str) -> None
     theirs, ours = models
     assert ours.active_adapters == theirs.active_adapters
     assert trained_names(ours) == trained_names(theirs)
-    assert torch.equal(says(ours), says(theirs))
+    assert torch.equal(output_of(ours), output_of(theirs))
     copies = {name for name in theirs.base_model.state_dict() if ".vera_A." in name[1:]}
     names = set(theirs.base_model.state_dict()) - copies
     assert set(ours.state_dict()) == {name for name in names if ".vera_B." not in name[1:]}
@@ -189,7 +189,7 @@ def test_a_model_without_adapters_computes_like_its_base() -> None:
     model = llama(modules_to_save=("lm_head",))
     model.model.lm_head.modules_to_save["default"].weight.data += 1
     model.delete_adapter("default")
-    assert torch.equal(says(model), says(torchmodels.built("llama")))
+    assert torch.equal(output_of(model), output_of(torchmodels.built("llama")))
     assert model.active_adapters == []
     assert model.trainable_parameters() == []
     with pytest.raises(UsageError, match="no adapter to save"):
@@ -198,11 +198,11 @@ def test_a_model_without_adapters_computes_like_its_base() -> None:
         _ = model.active_adapter
     model.add_adapter(OURS)
     model.set_adapter("default")
-    assert not torch.equal(says(model), says(torchmodels.built("llama")))
+    assert not torch.equal(output_of(model), output_of(torchmodels.built("llama")))
     assert len(model.trainable_parameters()) == 8
 
 
-def test_a_merged_adapter_is_not_deleted_or_loaded_anew(tmp_path: Path) -> None:
+def test_a_merged_adapter_cannot_be_deleted_or_loaded_again(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path / "out")
     model.merge()
@@ -211,19 +211,19 @@ def test_a_merged_adapter_is_not_deleted_or_loaded_anew(tmp_path: Path) -> None:
             act("default")
 
 
-def test_other_adapters_can_be_added_and_deleted_while_one_is_merged() -> None:
+def test_other_adapters_can_be_added_and_deleted_beside_a_merged_adapter() -> None:
     theirs, ours = two()
     for model in (theirs, ours):
         model.merge_adapter(["default"])
         model.delete_adapter("two")
     ours.add_adapter(OURS, "three")  # PEFT would unmerge the other adapter
-    assert torch.equal(says(ours), says(theirs))
+    assert torch.equal(output_of(ours), output_of(theirs))
     assert ours.active_adapters == theirs.active_adapters == ["default"]
     with pytest.raises(UsageError, match="before other adapters are made active"):
         ours.set_adapter("three")
 
 
-def test_selected_adapters_alone_are_saved(tmp_path: Path) -> None:
+def test_only_selected_adapters_are_saved(tmp_path: Path) -> None:
     theirs, ours = two()
     theirs.save_pretrained(tmp_path / "theirs", selected_adapters=["two"])
     ours.save_pretrained(tmp_path / "ours", selected_adapters=["two"])
@@ -251,61 +251,61 @@ def test_named_adapters_are_merged_as_by_peft(chosen: list[str] | None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged")
-def test_merged_and_unmerged_by_pefts_names() -> None:
+def test_merge_and_unmerge_have_peft_s_names() -> None:
     theirs, ours = two()
     for names in (["two"], ["default"]):
         for model in (theirs, ours):
             model.merge_adapter(names)
-        assert torch.equal(says(ours), says(theirs))
+        assert torch.equal(output_of(ours), output_of(theirs))
     for model in (theirs, ours):
         model.unmerge_adapter()
-    assert torch.equal(says(ours), says(theirs))
+    assert torch.equal(output_of(ours), output_of(theirs))
     ours.merge_adapter("two")
     assert ours.model.model.layers[0].self_attn.q_proj.merged == ("two",)
 
 
 def test_adapters_can_be_switched_off_and_on() -> None:
     theirs, ours = wrapped_twice("llama")
-    base = says(torchmodels.built("llama"))
+    base = output_of(torchmodels.built("llama"))
     for model in (theirs, ours):
-        adapted = says(model)
+        adapted = output_of(model)
         with model.disable_adapter():
-            assert torch.equal(says(model), base)
+            assert torch.equal(output_of(model), base)
         tuner = model.base_model
         tuner.disable_adapter_layers()
-        assert torch.equal(says(model), base)
+        assert torch.equal(output_of(model), base)
         tuner.enable_adapter_layers()
-        assert torch.equal(says(model), adapted)
+        assert torch.equal(output_of(model), adapted)
 
 
 def nested(model: Any) -> Any:
     with model.disable_adapter():
         with model.disable_adapter():
             pass
-        return says(model)
+        return output_of(model)
 
 
 def switched_off_and_set(model: Any) -> Any:
     model.base_model.disable_adapter_layers()
     model.set_adapter("two")
-    return says(model)
+    return output_of(model)
 
 
 def switched_on_again(model: Any) -> Any:
     switched_off_and_set(model)
     model.base_model.enable_adapter_layers()
-    return says(model)
+    return output_of(model)
 
 
 @pytest.mark.parametrize("act", [nested, switched_off_and_set, switched_on_again])
-def test_adapters_stay_off_until_they_are_switched_on(act: Callable[[Any], Any]) -> None:
+def test_disabled_adapters_stay_disabled_until_enabled(act: Callable[[Any], Any]) -> None:
     theirs, ours = two(modules_to_save=["lm_head"])
     ours.model.lm_head.modules_to_save["default"].weight.data += 1
     theirs.base_model.model.lm_head.modules_to_save["default"].weight.data += 1
     assert torch.equal(act(ours), act(theirs))
 
 
-def test_nothing_is_merged_while_adapters_are_off() -> None:
+def test_a_merge_with_disabled_adapters_is_refused() -> None:
     model = llama()
     with model.disable_adapter():
         assert not model.has_active_enabled_adapter
@@ -315,7 +315,7 @@ def test_nothing_is_merged_while_adapters_are_off() -> None:
     assert model.has_active_enabled_adapter
 
 
-# --- what is trained -----------------------------------------------------------------------------
+# --- trained parameters --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [VeraConfig, peft.VeraConfig])
@@ -332,7 +332,7 @@ def test_a_cast_of_the_whole_model_casts_the_adapter_as_in_peft() -> None:
         theirs, ours = wrapped_twice("llama")
         for model in (theirs, ours):
             model.to(getattr(torch, dtype))
-        assert torch.equal(says(ours), says(theirs))
+        assert torch.equal(output_of(ours), output_of(theirs))
         assert {p.dtype for p in ours.parameters()} == {getattr(torch, dtype)}
 
 
@@ -352,7 +352,7 @@ def test_set_adapter_keeps_unfrozen_base_weights_unfrozen() -> None:
 
 @pytest.mark.parametrize("init_weights", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_the_random_state_after_wrapping_and_loading_is_pefts(
+def test_the_random_state_after_wrapping_and_loading_equals_peft_s(
     kind: str, init_weights: Any, tmp_path: Path
 ) -> None:
     fields = {"r": 4, **torchmodels.KINDS[kind].config, "init_weights": init_weights}
@@ -438,13 +438,13 @@ def test_names_can_be_a_set(tmp_path: Path) -> None:
     assert config["modules_to_save"] == ["lm_head"]
 
 
-def test_a_config_value_that_json_cannot_store_is_refused_by_its_class() -> None:
+def test_a_config_value_that_json_cannot_store_is_refused_with_its_class() -> None:
     with pytest.raises(UsageError, match="an object of the class dtype"):
         llama(d_initial=torch.float32)
 
 
 @pytest.mark.parametrize("fields", [{"target_modules": "all-linear"}, {"layers_to_transform": [1]}])
-def test_a_long_list_is_saved_as_the_suffixes_that_peft_saves(
+def test_a_long_list_is_saved_with_the_suffixes_that_peft_saves(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
     def base() -> Any:
@@ -483,7 +483,7 @@ def test_a_config_can_be_given_for_a_stored_adapter(tmp_path: Path) -> None:
     assert model.configs["default"].vera_dropout == 0.5
     layer = next(part for part in model.modules() if isinstance(part, VeraLinear))
     assert layer.dropout["default"] == 0.5
-    assert torch.equal(says(model), says(llama()))
+    assert torch.equal(output_of(model), output_of(llama()))
     assert loaded(peft.VeraConfig(**FIELDS)).configs["default"].vera_dropout == 0
     with pytest.raises(UsageError, match="VeraConfig"):
         loaded(peft.LoraConfig())
@@ -491,7 +491,7 @@ def test_a_config_can_be_given_for_a_stored_adapter(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError):
             loaded(wrong)
     (tmp_path / "out/adapter_config.json").unlink()
-    assert torch.equal(says(loaded(config)), says(llama()))
+    assert torch.equal(output_of(loaded(config)), output_of(llama()))
     with pytest.raises(CheckpointError, match=r"no adapter_config.json"):
         loaded(None)
     llama(save_projection=False).save_pretrained(tmp_path / "new")
@@ -514,7 +514,7 @@ def test_an_adapter_is_loaded_with_pefts_arguments(options: dict[str, Any], tmp_
     for model in (theirs, ours):
         model.load_adapter(tmp_path / "out", "new", is_trainable=True, **options)
         model.set_adapter("new")
-    assert torch.equal(says(ours), says(theirs))
+    assert torch.equal(output_of(ours), output_of(theirs))
     assert not ours.configs["new"].inference_mode
 
 
@@ -565,17 +565,17 @@ def test_loading_under_an_existing_name_replaces_the_values(tmp_path: Path) -> N
     model = llama(modules_to_save=("lm_head",))
     model.add_adapter(OURS, adapter="two")
     model.set_adapter("two")
-    of_two = says(model)
+    of_two = output_of(model)
     model.set_adapter("default")
-    parameters, before = model.trainable_parameters(), says(model)
+    parameters, before = model.trainable_parameters(), output_of(model)
     model.load_adapter(tmp_path / "out", "default", trainable=True)
     assert all(
         one is two for one, two in zip(model.trainable_parameters(), parameters, strict=True)
     )
-    assert torch.equal(says(model), says(other))
-    assert not torch.equal(says(model), before)
+    assert torch.equal(output_of(model), output_of(other))
+    assert not torch.equal(output_of(model), before)
     model.set_adapter("two")
-    assert torch.equal(says(model), of_two)
+    assert torch.equal(output_of(model), of_two)
     with pytest.raises(UsageError, match="with other layers or another rank"):
         llama(r=3).load_adapter(tmp_path / "out")
 
@@ -596,7 +596,7 @@ def test_a_model_can_be_pickled(
         copy.deepcopy(model),
     ):
         assert type(again) is VeraModel
-        assert torch.equal(says(again), says(model))
+        assert torch.equal(output_of(again), output_of(model))
         assert again.configs == model.configs
         assert trained_names(again) == trained_names(model)
         again.merge()
@@ -621,7 +621,7 @@ def test_isinstance_accepts_the_model_as_pefts_if_peft_is_imported(
 
 
 class Sentences(torch.utils.data.Dataset[Any]):
-    """Random tokens, with a column that no model takes."""
+    """Random tokens, with a column that no model accepts."""
 
     def __len__(self) -> int:
         return 8
@@ -669,7 +669,7 @@ def test_the_trainer_trains_evaluates_saves_and_resumes_as_with_peft(
         model.train()
         run = trainer(model, tmp_path / name, **options)
         loss = run.train().training_loss
-        ends.append({"loss": loss, "eval": run.evaluate()["eval_loss"], "logits": says(model)})
+        ends.append({"loss": loss, "eval": run.evaluate()["eval_loss"], "logits": output_of(model)})
         run.save_model()
     assert ends[1]["loss"] == pytest.approx(ends[0]["loss"], rel=1e-6)
     assert ends[1]["eval"] == pytest.approx(ends[0]["eval"], rel=1e-6)
@@ -683,9 +683,9 @@ def test_the_trainer_trains_evaluates_saves_and_resumes_as_with_peft(
     trainer(fresh, tmp_path / "ours", **options).train(
         resume_from_checkpoint=str(tmp_path / "ours/checkpoint-2")
     )
-    torch.testing.assert_close(says(fresh), ends[1]["logits"])
+    torch.testing.assert_close(output_of(fresh), ends[1]["logits"])
     loaded = VeraModel.from_pretrained(torchmodels.built("llama"), tmp_path / "ours")
-    assert torch.equal(says(loaded), ends[1]["logits"])
+    assert torch.equal(output_of(loaded), ends[1]["logits"])
 
 
 def test_a_trainer_saves_beside_existing_files(tmp_path: Path) -> None:
@@ -701,7 +701,7 @@ def test_a_trainer_saves_beside_existing_files(tmp_path: Path) -> None:
         *("adapter_config.json", "adapter_model.safetensors", "optimizer.pt"),
     }
     loaded = VeraModel.from_pretrained(torchmodels.built("llama"), out)
-    assert torch.equal(says(loaded), says(model))
+    assert torch.equal(output_of(loaded), output_of(model))
     for options, message in (
         ({"state_dict": {}}, "whole model"),
         ({"safe_serialization": False}, "pickles"),

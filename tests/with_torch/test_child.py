@@ -1,4 +1,4 @@
-"""Strangers' models in the process that runs them: what they ask for is left out or ends there."""
+"""Hostile models in the process that runs models: requests for code and files have no effect."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vera_convert.with_torch.build import blueprint
 from vera_convert.with_torch.config_fields import known_fields
 
 UNSET = (None, "eager")
-"""An attention kernel that no config named; transformers before 5.0 says "eager" of it."""
+"""The attention kernel if no config names a kernel; transformers before 5.0 says "eager"."""
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `base`, `adapter` and `merged`; not to be changed."""
+    """Write a folder with `base`, `adapter` and `merged`, which tests must not change."""
     folder = tmp_path_factory.mktemp("llama")
     base = saved(torchmodels.built("llama", "bfloat16"), folder / "base")
     adapter = trained(base, folder / "adapter", "llama")
@@ -109,7 +109,8 @@ def test_fields_that_name_code_or_files_are_left_out_at_every_depth(name: str) -
     rope = kept["rope_scaling"]
     assert isinstance(rope, dict)
     assert rope.get("rope_type") == "default"
-    assert not {name} & {*rope} or name in ("to_dict", "evil")  # a plain record calls nothing
+    # a record of this kind calls no code
+    assert not {name} & {*rope} or name in ("to_dict", "evil")
 
 
 def test_a_field_that_only_the_code_of_the_model_reads_is_kept() -> None:
@@ -122,7 +123,7 @@ def test_a_field_that_only_the_code_of_the_model_reads_is_kept() -> None:
     [
         *("llama", "gpt2", "bert", "t5", "vit", "mamba", "mixtral", "qwen3_moe", "llava", "clip"),
         *("gemma3", "whisper", "deepseek_v3", "deberta-v2", "albert", "phi3", "qwen2_vl", "falcon"),
-        # The code of the model, or of its config, names fields that its nested configs lack.
+        # The code of the model, or of its config, reads fields that the nested configs lack.
         *("fast_vlm", "mistral3", "omdet-turbo", "pp_ocrv5_server_rec", "rf_detr"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Whole models compared: right merges pass, wrong ones do not, and a stranger's folder is safe."""
+"""Compare whole models: right merges pass, wrong merges fail, hostile folders are safe."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PREFIX = "base_model.model."
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A folder with `base`, `adapter` and `merged` of a kind in a dtype; not to be changed."""
+    """Write `base`, `adapter` and `merged` of a kind in a dtype, which tests must not change."""
     root = tmp_path_factory.mktemp("shelf")
 
     def made(kind: str, dtype: str = "float32") -> Path:
@@ -69,7 +69,7 @@ def compared(
 
 
 def changed(folder: Path, copy: Path, change: Callable[[Tensors], Tensors]) -> Path:
-    """Copy a model, with other tensors."""
+    """Copy a model, and change tensors of the copy."""
     shutil.copytree(folder, copy)
     save_file(change(load_file(folder / WEIGHTS)), copy / WEIGHTS, {"format": "pt"})
     return copy
@@ -85,7 +85,7 @@ def changed(folder: Path, copy: Path, change: Callable[[Tensors], Tensors]) -> P
         *((kind, "bfloat16") for kind in ("llama", "gpt2", "t5")),
         ("llama", "float64"),
         ("llama", "float16"),
-        ("t5", "float16"),  # of which transformers keeps some layers in float32
+        ("t5", "float16"),  # transformers keeps some layers of T5 in float32
     ],
 )
 def test_a_correct_merge_passes(kind: str, dtype: str, shelf: Callable[..., Path]) -> None:
@@ -96,7 +96,7 @@ def test_a_correct_merge_passes(kind: str, dtype: str, shelf: Callable[..., Path
     assert found.model_class == type(torchmodels.built(kind)).__name__
     assert (found.dtype, found.samples) == (dtype, 4)
     assert found.tokens == (4 if kind in ("bert", "vit") else 48)
-    assert found.remerged_difference < found.threshold_remerged / 4  # the margin that is promised
+    assert found.remerged_difference < found.threshold_remerged / 4  # the documented margin
     assert found.effect > 10 * found.threshold_remerged
     assert found.kl is not None
     assert found.top1 is not None
@@ -104,7 +104,7 @@ def test_a_correct_merge_passes(kind: str, dtype: str, shelf: Callable[..., Path
     assert found.kl < found.threshold_kl
     assert found.threshold_top1 is not None
     assert found.top1 >= found.threshold_top1
-    # The bound is near what rounding does to this very model, and not a guess for all models.
+    # The limit must be near the rounding of this very model, not a guess for all models.
     noise = found.threshold_remerged
     assert found.largest_difference <= found.threshold_difference
     assert found.threshold_difference - noise <= 2 * found.largest_difference + noise
@@ -119,7 +119,9 @@ def test_comparing_models_prints_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_several_adapters_with_weights(shelf: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_merge_of_several_adapters_with_weights_passes(
+    shelf: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = shelf("llama", "bfloat16")
     base, one = folder / "base", folder / "adapter"
     two = trained(base, tmp_path / "two", "llama", target_modules=["k_proj", "q_proj"], r=8)
@@ -131,7 +133,9 @@ def test_several_adapters_with_weights(shelf: Callable[..., Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize("tied", Tied)
-def test_a_tied_head(tied: Tied, shelf: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_merge_with_a_tied_head_passes(
+    tied: Tied, shelf: Callable[..., Path], tmp_path: Path
+) -> None:
     base = shelf("gpt2") / "base"
     adapter = trained(base, tmp_path / "adapter", "gpt2", target_modules=["c_attn", "lm_head"])
     merge(adapter, tmp_path / "merged", base=base, options=MergeOptions(tied=tied))
@@ -142,7 +146,9 @@ def test_a_tied_head(tied: Tied, shelf: Callable[..., Path], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_a_merge_into_another_dtype(dtype: str, shelf: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_merge_into_another_dtype_passes_the_run(
+    dtype: str, shelf: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = shelf("llama", "bfloat16")
     merge(
         folder / "adapter", tmp_path / "m", base=folder / "base", options=MergeOptions(dtype=dtype)
@@ -163,7 +169,7 @@ def test_drawn_projections_are_rounded_as_the_merge_rounded_them(
     assert not compared(base, tmp_path / "merged", adapter).passed
 
 
-def test_renamed_layers(shelf: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_merge_with_renamed_layers_passes(shelf: Callable[..., Path], tmp_path: Path) -> None:
     folder = shelf("llama")
     adapter = tmp_path / "adapter"
     shutil.copytree(folder / "adapter", adapter)
@@ -178,8 +184,10 @@ def test_renamed_layers(shelf: Callable[..., Path], tmp_path: Path) -> None:
         compared(folder / "base", tmp_path / "merged", adapter)
 
 
-def test_a_head_that_the_base_lacks(shelf: Callable[..., Path], tmp_path: Path) -> None:
-    """Such adapters are trained on a class with a head of its own, which the config cannot name."""
+def test_a_merge_with_a_head_that_the_base_lacks_passes(
+    shelf: Callable[..., Path], tmp_path: Path
+) -> None:
+    """These adapters are trained on a class with a head, which the config cannot name."""
     classifier = shelf("bert")
     encoder = transformers.BertForMaskedLM.from_pretrained(classifier / "base")
     encoder.save_pretrained(tmp_path / "base")
@@ -190,7 +198,9 @@ def test_a_head_that_the_base_lacks(shelf: Callable[..., Path], tmp_path: Path) 
     assert found.model_class == "BertForSequenceClassification"
 
 
-def test_the_trained_adapter_on_its_model(minilm: Path, minilm_model: Path, tmp_path: Path) -> None:
+def test_a_merge_of_the_trained_adapter_passes(
+    minilm: Path, minilm_model: Path, tmp_path: Path
+) -> None:
     adapter = minilm / "save_projection_false"
     merge(adapter, tmp_path / "merged", base=minilm_model)
     text = tmp_path / "text"
@@ -198,7 +208,7 @@ def test_the_trained_adapter_on_its_model(minilm: Path, minilm_model: Path, tmp_
     found = compared(minilm_model, tmp_path / "merged", adapter, text=text)
     assert found.passed, found
     assert (found.model_class, found.samples) == ("BertModel", 3)
-    assert found.tokens == 8 + 1 + 64 + 1 + 5 + 1  # each with its pooled state
+    assert found.tokens == 8 + 1 + 64 + 1 + 5 + 1  # each output with its pooled state
     assert (found.kl, found.top1) == (None, None)
     assert (found.threshold_kl, found.threshold_top1) == (None, None)
     wrong = changed(tmp_path / "merged", tmp_path / "wrong", partial(left_out, minilm_model))
@@ -209,7 +219,7 @@ def test_the_trained_adapter_on_its_model(minilm: Path, minilm_model: Path, tmp_
 
 
 def adapted(base: Tensors, adapter: Path) -> Mapping[str, tuple[Any, Any]]:
-    """The vectors d and b of each adapted weight of a base."""
+    """Return the vectors d and b of each adapted weight of a base."""
     stored = load_file(adapter / ADAPTER)
     return {
         name: (stored[f"{key}_d"], stored[f"{key}_b"])
@@ -221,7 +231,7 @@ def adapted(base: Tensors, adapter: Path) -> Mapping[str, tuple[Any, Any]]:
 def made_otherwise(
     base: Path, adapter: Path, found: Tensors, change: Callable[..., Any]
 ) -> Tensors:
-    """The merge done again, with deltas that `change` makes of A, B, d, b and the inputs."""
+    """Merge again, with deltas that `change` computes from A, B, d, b and the inputs."""
     stored, weights = load_file(adapter / ADAPTER), load_file(base / WEIGHTS)
     A, B = (stored[f"base_model.vera_{name}"] for name in "AB")
     conv1d = json.loads((base / "config.json").read_text())["model_type"] == "gpt2"
@@ -296,7 +306,7 @@ def test_a_wrong_merge_fails(
     }
     model = changed(folder / "merged", tmp_path / "wrong", changes[wrong])
     found = compared(base, model, adapter)
-    if (kind, wrong) == ("gpt2", "transposed"):  # none of its layers are square
+    if (kind, wrong) == ("gpt2", "transposed"):  # no layer of this kind is square
         assert found.passed
         return
     assert not found.passed
@@ -305,10 +315,10 @@ def test_a_wrong_merge_fails(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_delta_that_was_rounded_first_is_seen_by_both_comparisons(
+def test_a_delta_that_was_rounded_first_fails_in_both_comparisons(
     dtype: str, shelf: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Here deltas are a fifth of the weights; what small ones do, the layers alone can show."""
+    """Here the deltas are a fifth of the weights; smaller deltas show only in the layers."""
     folder = shelf("llama", dtype)
     base, adapter = folder / "base", folder / "adapter"
     change = partial(made_otherwise, base, adapter, change=partial(rounded_before, dtype=dtype))
@@ -318,7 +328,7 @@ def test_a_delta_that_was_rounded_first_is_seen_by_both_comparisons(
     assert not found.passed
 
 
-def test_the_reference_of_these_tests_is_the_merge(
+def test_the_reference_of_these_tests_equals_the_merge(
     shelf: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = shelf("gpt2", "bfloat16")
@@ -343,7 +353,9 @@ def test_an_adapter_without_effect_is_inconclusive(
 def test_a_model_that_does_not_call_its_layers_is_compared_with_our_merge_only(
     tmp_path: Path,
 ) -> None:
-    """Mamba reads the weights of some, so a branch beside them does nothing."""
+    """Mamba reads the weights of some layers directly, so an adapter in these layers has no
+    effect.
+    """
     config = transformers.MambaConfig(
         vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4
     )
@@ -363,7 +375,7 @@ def test_a_model_that_does_not_call_its_layers_is_compared_with_our_merge_only(
     assert "differs from our own merge" in found.reason
 
 
-def test_a_model_for_which_there_are_no_samples_is_unfit(
+def test_a_model_without_samples_cannot_be_run(
     shelf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def not_there(_: object) -> None:
@@ -416,7 +428,7 @@ def test_another_kind_of_model_fails(shelf: Callable[..., Path]) -> None:
 
 
 def with_code(folder: Path, copy: Path, marker: Path, **fields: Any) -> Path:
-    """Copy a model that brings code, which leaves a mark where it runs."""
+    """Copy a model with code that leaves a mark when the code runs."""
     refs = {
         "AutoConfig": "evil.EvilConfig",
         "AutoModel": "evil.EvilModel",
@@ -529,7 +541,7 @@ def test_an_adapter_of_another_model_is_refused(shelf: Callable[..., Path]) -> N
         (b"text \xc3", "not UTF-8"),
     ],
 )
-def test_a_text_that_cannot_be_used(
+def test_a_text_that_cannot_be_used_is_refused(
     content: bytes, message: str, minilm: Path, minilm_model: Path, tmp_path: Path
 ) -> None:
     text = tmp_path / "text"
@@ -540,7 +552,7 @@ def test_a_text_that_cannot_be_used(
 
 def test_only_the_beginning_of_a_large_text_is_read(tmp_path: Path) -> None:
     text = tmp_path / "text"
-    text.write_bytes("é".encode() * (1 << 20))  # the limit lies within a letter, or before one
+    text.write_bytes("é".encode() * (1 << 20))  # the limit lies within a letter, or before a letter
     with text.open("ab") as file:
         file.write(b"\n\xff")
     assert text_lines(text, 8) == ("é" * 4096,)

@@ -1,4 +1,4 @@
-"""Whole models compared: heads and embeddings that PEFT trained, tied, saved whole or resized."""
+"""Compare whole models with heads and embeddings that PEFT trained: tied, saved, or resized."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def base_of(kind: str, folder: Path, *, tied: bool) -> Path:
 
 
 def by_peft(base: Path, folder: Path, *, rows: int | None = None, **fields: Any) -> Path:
-    """Train an adapter with PEFT, at random, on the base with another vocabulary if given."""
+    """Train an adapter with PEFT on the base, with random values and with `rows` tokens if
+    given.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(1)
     if rows is not None:
@@ -61,7 +63,7 @@ def passes(base: Path, adapter: Path, out: Path, tied: Tied | None) -> Any:
 @pytest.mark.parametrize("tied", Tied)
 @pytest.mark.parametrize("of_head", [False, True])
 @pytest.mark.parametrize("kind", NAMES)
-def test_an_embedding_or_a_head_that_is_saved_alone(
+def test_a_saved_embedding_or_head_passes_after_the_merge(
     kind: str, of_head: bool, tied: Tied, tmp_path: Path
 ) -> None:
     base = base_of(kind, tmp_path / "base", tied=True)
@@ -73,7 +75,7 @@ def test_an_embedding_or_a_head_that_is_saved_alone(
     tensors = load_file(tmp_path / "out" / WEIGHTS)
     tensors[stored] = load_file(base / WEIGHTS)[stored]
     save_file(tensors, tmp_path / "out" / WEIGHTS, {"format": "pt"})
-    if tied is Tied.ADD or not of_head:  # an untied head leaves the embedding alone
+    if tied is Tied.ADD or not of_head:  # an untied head does not change the embedding
         wrong = verify(adapter, base=str(base), merged=tmp_path / "out")
         assert wrong.model is None or not wrong.model.passed
 
@@ -90,7 +92,7 @@ def test_an_embedding_or_a_head_that_is_saved_alone(
         ("llama", False, True, None),
     ],
 )
-def test_an_adapted_head_with_a_resized_vocabulary(
+def test_an_adapted_head_with_a_resized_vocabulary_passes_after_the_merge(
     kind: str, is_tied: bool, with_embedding: bool, tied: Tied | None, tmp_path: Path
 ) -> None:
     base = base_of(kind, tmp_path / "base", tied=is_tied)

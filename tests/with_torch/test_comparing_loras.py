@@ -1,4 +1,4 @@
-"""A LoRA in PEFT beside the VeRA adapter: whole models of several kinds."""
+"""Compare a LoRA in PEFT with the VeRA adapter: whole models of several kinds."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ pytest.importorskip("peft")
 
 
 def compared(base: Path, adapter: Path, lora: Path) -> ModelComparison:
-    """The comparison in this process, which a child makes otherwise."""
+    """Compare in this process; `verify` does the same in a child process."""
     job = ModelJob(((adapter, 1.0),), base, lora, 1 << 20, samples=4, is_lora=True)
     return compare_lora(job, lambda _stage, _done, _of: None)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `base`, `adapter` and `lora`; not to be changed."""
+    """Write a folder with `base`, `adapter` and `lora`, which tests must not change."""
     folder = tmp_path_factory.mktemp("llama")
     base = saved(torchmodels.built("llama"), folder / "base")
     to_lora(trained(base, folder / "adapter", "llama"), folder / "lora", base=base)
@@ -60,7 +60,7 @@ def test_the_whole_comparison_runs_in_a_child(llama: Path, schema_errors: Any) -
 
 
 @pytest.mark.usefixtures("models_here")
-def test_a_pattern_of_alphas_that_peft_reads_otherwise_fails(llama: Path, tmp_path: Path) -> None:
+def test_a_pattern_of_alphas_that_peft_reads_differently_fails(llama: Path, tmp_path: Path) -> None:
     changed = tmp_path / "lora"
     to_lora(llama / "adapter", changed, base=llama / "base")
     config = json.loads((changed / "adapter_config.json").read_text())
@@ -82,7 +82,9 @@ def test_ranks_that_peft_refuses_fail(llama: Path, tmp_path: Path) -> None:
     assert "PEFT cannot load the adapter" in found.reason
 
 
-def test_a_lora_that_is_not_run_says_why(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_why_a_lora_is_not_run_is_reported(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def reason(**options: Any) -> str:
         result = verify(llama / "adapter", lora=llama / "lora", **options)
         assert result.passed

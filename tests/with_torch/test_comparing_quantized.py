@@ -1,4 +1,4 @@
-"""A dequantized merge beside its quantized base that has the adapter in PEFT."""
+"""Compare a dequantized merge with the quantized base that has the adapter in PEFT."""
 
 from __future__ import annotations
 
@@ -78,13 +78,15 @@ def test_the_quantized_base_gives_the_outputs_of_the_merged_model(
 
 
 def in_its_place(plan: Blueprint, job: ModelJob, *, adapted: bool) -> Any:
-    """The dequantized base in bfloat16, with the adapter or without, as if a quantizer ran it."""
+    """Return the dequantized base in bfloat16 with or without the adapter, as a stand-in for a
+    quantizer.
+    """
     model = build_model(plan).to(torch.bfloat16)
     return wrapped_model(model, job) if adapted else model
 
 
 @pytest.mark.parametrize("adapted", [True, False])
-def test_a_quantized_base_without_the_adapters_effect_differs(
+def test_a_quantized_base_without_the_effect_of_the_adapter_fails(
     adapted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -98,7 +100,7 @@ def test_a_quantized_base_without_the_adapters_effect_differs(
     assert found.threshold < found.effect
 
 
-def test_a_quantized_base_that_cannot_be_run_leaves_the_other_comparison(
+def test_a_quantized_base_that_cannot_be_run_does_not_stop_the_other_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuses(*_given: Any) -> Any:
@@ -119,7 +121,7 @@ class _Weight:
     quant_state = _State()
 
 
-def test_shapes_that_a_kernel_computes_wrongly_are_not_compared() -> None:
+def test_layers_with_shapes_that_a_kernel_computes_wrongly_are_not_compared() -> None:
     with pytest.raises(UnfitError, match="blocks"):
         comparing._refuse_known_errors(_Weight())
 

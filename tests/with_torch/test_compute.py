@@ -1,4 +1,4 @@
-"""Test that torch computes the sums of a merge like NumPy, on every device of this machine."""
+"""Torch computes the sums of a merge like NumPy, on every device of this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def worked(tensor: Sum, stored: Any, *, all_rows: bool = False) -> tuple[Any, Numbers]:
+def computed_by_torch(tensor: Sum, stored: Any, *, all_rows: bool = False) -> tuple[Any, Numbers]:
     workspace = compute.on_device(HERE).workspace(buffer_sizes_for([tensor]), all_rows)
     numbers, written = Numbers(), []
     for first in range(0, tensor.shape[0], tensor.block_rows):
@@ -52,7 +52,7 @@ def test_a_tensor_is_the_rounded_sum(dtype: Any, conv1d: bool, count: int) -> No
     stored = np.random.default_rng(9).normal(size=shape).astype(dtype)
     working = working_dtype(stored.dtype)
     tensor = Sum("w", shape, stored.dtype, stored.dtype, working, conv1d, terms)
-    found, numbers = worked(tensor, stored, all_rows=True)
+    found, numbers = computed_by_torch(tensor, stored, all_rows=True)
     change = expected_sum(terms, 11)
     wanted = merged(stored, change.T if conv1d else change)
     assert found.dtype == wanted.dtype
@@ -70,7 +70,7 @@ def test_rows_that_no_term_changes_keep_their_bits(dtype: Any) -> None:
     part = replace(term(17, 11, seed=1), rows=slice(5, 12))
     working = working_dtype(stored.dtype)
     tensor = Sum("w", stored.shape, stored.dtype, stored.dtype, working, terms=(part,))
-    found, _ = worked(tensor, stored)
+    found, _ = computed_by_torch(tensor, stored)
     for row in range(17):
         is_kept = found[row].tobytes() == stored[row].tobytes()
         assert is_kept == (row not in range(5, 12)), row
@@ -87,7 +87,7 @@ def test_the_output_can_have_another_dtype_and_the_input_a_decoder() -> None:
         terms=terms,
         decode=lambda first, last: stored[first:last] * np.float32(0.5),
     )
-    found, _ = worked(tensor, stored)
+    found, _ = computed_by_torch(tensor, stored)
     assert np.allclose(found, stored * 0.5 + expected_sum(terms, 5), rtol=0, atol=1e-5)
 
 
@@ -96,7 +96,7 @@ def test_a_sum_that_is_not_finite_is_reported() -> None:
     stored[27, 3] = np.inf
     tensor = Sum("w", (40, 4), BFLOAT16, BFLOAT16, terms=(term(40, 4, seed=1),))
     with pytest.raises(NotFiniteError) as caught:
-        worked(tensor, stored)
+        computed_by_torch(tensor, stored)
     assert caught.value.index == (27, 3)
 
 

@@ -1,6 +1,6 @@
-"""Our renames and the conversion tables of the installed transformers, class by class.
+"""Compare our renames with the conversion tables of the installed transformers, class by class.
 
-A new release of transformers with further model types fails here, with a list of these types.
+If a new release of transformers has further model types, these tests fail and list the types.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ NOT_BUILT = {
     "legacy": "it renames parameters of norms alone",
     "timm_wrapper": "it needs a library, and puts a prefix before all names",
 }
-"""Tables of which nothing is built here, and why."""
+"""Tables for which no model is built here, with the reasons."""
 NOT_FOUND = {
     "ViTMSNForImageClassification": "its classifier lies beside the model, not in it",
 }
-"""Classes of which some layers are not found, and why."""
+"""Classes whose files lack some layers, with the reasons."""
 
 
-def test_the_renames_are_those_of_the_installed_release() -> None:
-    """All comparisons are one test, because the walk through all classes takes a minute."""
+def test_the_renames_equal_those_of_the_installed_release() -> None:
+    """Make all comparisons in one test, because the walk through all classes takes a minute."""
     walked = walk()
     ours = set().union(
         *(family.types for family in families()), *(layout.types for layout in LAYOUTS)

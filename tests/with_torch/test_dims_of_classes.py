@@ -56,7 +56,7 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 class Blocks(nn.Module):
-    """A model of the shape of diffusers' transformers."""
+    """A model with the names of a transformer of Diffusers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Blocks(nn.Module):
 
 
 def save_blocks(folder: Path) -> None:
-    """Save such a model as diffusers does."""
+    """Save a `Blocks` as Diffusers does."""
     folder.mkdir()
     torch.manual_seed(0)
     save_file(Blocks().state_dict(), folder / "diffusion_pytorch_model.safetensors")
@@ -74,7 +74,7 @@ def save_blocks(folder: Path) -> None:
 
 
 def load_blocks(folder: Path) -> Blocks:
-    """Load it as diffusers does, without tensors that the class does not build."""
+    """Load a `Blocks` as Diffusers does, without the tensors that the class does not build."""
     model = Blocks()
     model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=False)
     return model
@@ -82,7 +82,7 @@ def load_blocks(folder: Path) -> Blocks:
 
 @dataclass(frozen=True)
 class Kind:
-    """A base, the class that an adapter is trained in, and the layers that only the files have."""
+    """A base, the class in which an adapter is trained, and the layers that only the files have."""
 
     save: Callable[[Path], None]
     load: Callable[[Path], Any]
@@ -94,7 +94,7 @@ class Kind:
 def kind(
     model: str, config: Any, targets: list[str], *, trained: str | None = None, **more: Any
 ) -> Kind:
-    """Make a kind of a class of transformers."""
+    """Make a `Kind` from a class of transformers."""
 
     def save(folder: Path) -> None:
         torch.manual_seed(0)
@@ -104,7 +104,7 @@ def kind(
 
 
 def gemma3() -> Any:
-    """A text model beside a wider vision tower."""
+    """A text model with a wider vision tower."""
     vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     return transformers.Gemma3Config(
         text_config={**TEXT, "sliding_window": 16},
@@ -124,7 +124,7 @@ def bart() -> Any:
 
 
 def qwen3_next() -> Any:
-    """A hybrid with fused experts and a shared one."""
+    """A hybrid model with fused experts and a shared expert."""
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     heads = {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
     wide = {**EXPERTS, "shared_expert_intermediate_size": 24}
@@ -193,7 +193,7 @@ KINDS = {
 
 
 def make(one: Kind, folder: Path, *, stored: bool) -> tuple[Path, Path]:
-    """Save a base, and an adapter that PEFT makes for the class that is trained."""
+    """Save a base, and save an adapter that PEFT makes for the trained class."""
     base, adapter = folder / "base", folder / "adapter"
     one.save(base)
     (weights,) = base.glob("*.safetensors")
@@ -212,7 +212,7 @@ def make(one: Kind, folder: Path, *, stored: bool) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("stored", [False, True], ids=["from the key", "stored"])
 @pytest.mark.parametrize("one", KINDS.values(), ids=KINDS)
-def test_a_and_b_are_as_large_as_pefts(one: Kind, stored: bool, tmp_path: Path) -> None:
+def test_a_and_b_are_as_large_as_peft_s(one: Kind, stored: bool, tmp_path: Path) -> None:
     base, adapter = make(one, tmp_path, stored=stored)
     theirs = peft.PeftModel.from_pretrained(one.load(base), adapter)
     A, B = theirs.base_model.vera_A["default"], theirs.base_model.vera_B["default"]
@@ -235,7 +235,7 @@ def test_a_and_b_are_as_large_as_pefts(one: Kind, stored: bool, tmp_path: Path) 
 
 
 def tensors_of(folder: Path) -> dict[str, Any]:
-    """The tensors of a model of one file."""
+    """Return the tensors of a model with one weight file."""
     (file,) = folder.glob("*.safetensors")
     return dict(load_file(file))
 
@@ -252,7 +252,7 @@ def test_findings_name_the_layers_that_the_class_does_not_build(one: Kind, tmp_p
     assert told == ({"V411": Severity.NOTE} if one.severity else {})
 
 
-def test_the_shapes_in_peft_settle_the_sizes(tmp_path: Path) -> None:
+def test_shapes_from_peft_decide_the_dims(tmp_path: Path) -> None:
     one = KINDS["mixture of experts"]
     base, adapter = make(one, tmp_path, stored=False)
     model = peft.PeftModel.from_pretrained(one.load(base), adapter)
@@ -276,7 +276,7 @@ def test_the_layer_in_torch_has_matrices_of_the_same_size(one: Kind, tmp_path: P
     assert torch.equal(found["base_model.vera_A"], theirs.base_model.vera_A["default"])
 
 
-def test_a_list_of_full_names_counts_although_layers_to_transform_leaves_most_out(
+def test_full_names_in_target_modules_count_despite_layers_to_transform(
     tmp_path: Path,
 ) -> None:
     def load(_: Path) -> Any:

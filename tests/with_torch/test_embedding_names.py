@@ -1,4 +1,6 @@
-"""The names of embeddings and heads, and the modules that transformers' classes return."""
+"""The names of embeddings and heads, compared with the modules that transformers' classes
+return.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,7 @@ def test_embeddings_are_recognized_by_their_names_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["LlamaModel", "BertForSequenceClassification", "ViTModel"])
-def test_a_class_without_an_output_head_has_no_path_of_one(name: str) -> None:
+def test_a_class_without_an_output_head_has_no_path_of_a_head(name: str) -> None:
     assert output_head_of(getattr(transformers, name).config_class.model_type, name) is None
 
 
@@ -110,7 +112,7 @@ MORE_ROWS_IN = {
 
 
 @pytest.mark.parametrize("kind", sorted(MORE_ROWS))
-def test_a_class_whose_embedding_is_said_to_have_more_rows_has_more(kind: str) -> None:
+def test_an_embedding_that_the_table_calls_taller_is_taller(kind: str) -> None:
     found = getattr(transformers, MORE_ROWS_IN[kind], None)
     if found is None:
         pytest.skip("this release of transformers does not have the class")

@@ -1,4 +1,4 @@
-"""Adapters written by twelve versions of PEFT: their projections, logits and merged weights."""
+"""Adapters of twelve PEFT versions: A and B, logits and merged weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vera_convert.with_torch import VeraModel
 FIXTURES = Path(__file__).parent.parent / "data" / "fixtures"
 EXPECTED = sorted(FIXTURES.glob("*/*/expected*.json"))
 NATIVE_BFLOAT16 = ("0.11.0", "0.11.1")
-"""These merged 16-bit bases in 16-bit arithmetic; only their tolerance is met."""
+"""PEFT versions that merged 16-bit bases in 16-bit arithmetic; we meet only their tolerance."""
 
 
 @cache

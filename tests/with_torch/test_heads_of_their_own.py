@@ -1,4 +1,4 @@
-"""A base with a head of its own whose config calls the head tied to the embedding."""
+"""A base with a separate head, although the config calls the head tied to the embedding."""
 
 # mypy: allow-untyped-calls
 from __future__ import annotations
@@ -52,7 +52,7 @@ CHANGED = {"a delta of the head": (["lm_head"], None), "a head": ([], ["lm_head"
 
 
 def write_base(kind: str, folder: Path) -> None:
-    """Write a model with a head of its own, and a config that calls the head tied."""
+    """Write a model with a separate head, and a config that calls the head tied."""
     config, fields, _ = KINDS[kind]
     torch.manual_seed(0)
     model = of_transformers(kind)(of_transformers(config)(**fields, tie_word_embeddings=False))
@@ -81,7 +81,7 @@ def trained(kind: str, changed: str, folder: Path) -> Any:
 
 @pytest.mark.parametrize("changed", CHANGED)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_of_the_base_s_own_stays_separate(kind: str, changed: str, tmp_path: Path) -> None:
+def test_a_separate_head_stays_separate(kind: str, changed: str, tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     write_base(kind, base)
     wanted = trained(kind, changed, tmp_path)
@@ -89,7 +89,7 @@ def test_a_head_of_the_base_s_own_stays_separate(kind: str, changed: str, tmp_pa
     torch.testing.assert_close(logits(loaded(kind, out)), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_tied_add_has_no_effect_on_a_head_of_the_base_s_own(tmp_path: Path) -> None:
+def test_tied_add_has_no_effect_on_a_separate_head(tmp_path: Path) -> None:
     kind, base, out = "T5ForConditionalGeneration", tmp_path / "base", tmp_path / "out"
     write_base(kind, base)
     wanted = trained(kind, "a head", tmp_path)

@@ -1,4 +1,4 @@
-"""Layers that the files hold as rows of one tensor: a merge changes the rows as PEFT does."""
+"""Layers that the files hold as rows of one tensor: a merge changes these rows as PEFT does."""
 
 # mypy: allow-subclassing-any, allow-untyped-calls
 from __future__ import annotations
@@ -105,14 +105,14 @@ RENAMED: Mapping[str, tuple[str, str, Mapping[str, Any], list[str]]] = {
     ),
     "norms of another release": (*KINDS["names of another release"][:3], ["o_proj"]),
 }
-"""Models whose files have other names for trained biases."""
+"""Models whose files use other names for trained biases."""
 
 
 JOINED_TENSOR = re.compile(r"weights_in\.|Wqkv\.|att_proj\.")
 
 
 class Trained(NamedTuple):
-    """A model of transformers in ``base``, and an adapter that PEFT wrote for it in ``adapter``."""
+    """A model of transformers in ``base``, and an adapter of PEFT for the model in ``adapter``."""
 
     base: Path
     adapter: Path
@@ -122,7 +122,7 @@ class Trained(NamedTuple):
 
 
 def trained(kind: str, folder: Path, **wanted: Any) -> Trained:
-    """Write a model and its adapter with random values in every tensor that PEFT trains."""
+    """Write a model and an adapter, with random values in every tensor that PEFT trains."""
     name, config, fields, targets = {**KINDS, **RENAMED}[kind]
     model_class, base, adapter = of_transformers(name), folder / "base", folder / "adapter"
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def trained(kind: str, folder: Path, **wanted: Any) -> Trained:
 
 
 def assert_merged_as_peft(model: Trained, out: Path) -> None:
-    """Validate the adapter, merge it to `out`, and compare every tensor with PEFT's merge."""
+    """Validate the adapter, merge into `out`, and compare every tensor with PEFT's merge."""
     checked = validate(model.adapter, base=model.base, select=["V4", "V5"])
     assert checked.passed, [str(each) for each in checked.findings]
     merge(model.adapter, out, base=model.base)
@@ -163,7 +163,7 @@ JOINED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"target_modules": ["q_proj"], "modules_to_save": ["v_proj"]},
     ),
 }
-"""Tensors that PEFT saves whole, and that the base's files join with others."""
+"""Tensors that PEFT saves separately, and that the base's files join with other tensors."""
 
 
 @pytest.mark.parametrize("case", JOINED)
@@ -183,7 +183,7 @@ def test_saved_tensors_replace_their_rows_in_a_joined_tensor(case: str, tmp_path
 
 
 @pytest.mark.parametrize(("layer", "is_merged"), [("k_proj", False), ("v_proj", True)])
-def test_an_adapter_may_not_change_the_rows_that_another_replaces(
+def test_a_delta_on_rows_that_another_adapter_replaces_is_refused(
     layer: str, is_merged: bool, tmp_path: Path
 ) -> None:
     kind, wanted = JOINED["a weight beside a delta"]
@@ -194,7 +194,7 @@ def test_an_adapter_may_not_change_the_rows_that_another_replaces(
         merge(model.adapter, tmp_path / "merged", base=model.base, options=options)
 
 
-def test_an_adapter_may_not_replace_a_tensor_of_which_another_replaces_rows(
+def test_an_adapter_that_replaces_a_tensor_is_refused_if_another_replaces_its_rows(
     tmp_path: Path,
 ) -> None:
     kind, wanted = "joined layers alone", {"target_modules": ["down_proj"]}
@@ -231,7 +231,7 @@ def test_a_saved_layer_whose_rows_are_in_another_order_is_refused(tmp_path: Path
     wanted = {"target_modules": ["down_proj"], "modules_to_save": ["gate_proj"]}
     base, adapter, *_ = trained("joined layers alone", tmp_path, **wanted)
     config = base / "config.json"
-    # Inkling's files have the rows of gate_proj and up_proj in turns.
+    # Inkling's files alternate the rows of gate_proj and up_proj.
     config.write_text(config.read_text().replace('"dinov2"', '"inkling_mm_model"'))
     tensors = load_file(base / "model.safetensors")
     renamed = {
@@ -246,12 +246,12 @@ def test_a_saved_layer_whose_rows_are_in_another_order_is_refused(tmp_path: Path
 
 @pytest.mark.parametrize("bias", ["vera_only", "all"])
 @pytest.mark.parametrize("kind", RENAMED)
-def test_renamed_biases_replace_those_of_the_base(kind: str, bias: str, tmp_path: Path) -> None:
+def test_renamed_biases_replace_the_base_s_biases(kind: str, bias: str, tmp_path: Path) -> None:
     assert_merged_as_peft(trained(kind, tmp_path, bias=bias), tmp_path / "merged")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_in_one_tensor_are_merged_as_peft_merges_them(kind: str, tmp_path: Path) -> None:
+def test_layers_in_one_tensor_are_merged_as_by_peft(kind: str, tmp_path: Path) -> None:
     model = trained(kind, tmp_path)
     base, adapter = model.base, model.adapter
     assert_merged_as_peft(model, tmp_path / "merged")

@@ -1,4 +1,4 @@
-"""Test the layer alone: formula, dtypes, gradients, devices, and the layers that can be wrapped."""
+"""The layer by itself: formula, dtypes, gradients, devices, and the layers that can be wrapped."""
 
 # mypy: allow-subclassing-any
 from __future__ import annotations
@@ -21,11 +21,11 @@ from vera_convert.with_torch.layer import linear_of
 
 RANK, INPUTS, OUTPUTS = 4, 12, 10
 WIDEST = 16
-"""Columns of A and rows of B: those of some wider layer of the model."""
+"""The columns of A and the rows of B, which belong to a wider layer of the model."""
 
 
 class Quantized(nn.Module):
-    """A linear layer with a forward of its own, and a weight of integers in an order of its own."""
+    """A linear layer with its own forward, and with integers in its own order as the weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def conv1d() -> Conv1D:
 
 
 def wrapped(layer: nn.Module, *adapters: str, dropout: float = 0.0) -> VeraLinear:
-    """Wrap a layer with random adapters, all of them active."""
+    """Wrap a layer with random adapters, and activate all adapters."""
     A, B = SharedMatrix(), SharedMatrix()
     vera = VeraLinear(layer, A, B)
     for name in adapters or ("one",):
@@ -58,7 +58,7 @@ def wrapped(layer: nn.Module, *adapters: str, dropout: float = 0.0) -> VeraLinea
 
 
 def formula(vera: VeraLinear, x: torch.Tensor, *adapters: str) -> torch.Tensor:
-    """The layer's output by the paper's formula, in float64."""
+    """Return the layer's output by the paper's formula, in float64."""
     y = vera.base_layer(x).double()
     for name in adapters:
         A, B = (getattr(matrix, name).double() for matrix in vera._shared)
@@ -74,7 +74,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the test's own class stand for that of a library that quantizes."""
+    """Register the test's `Quantized` as the class of a quantizer's library."""
     library = SimpleNamespace(HQQLinear=Quantized)
     monkeypatch.setitem(sys.modules, "hqq.core.quantize", library)
 
@@ -84,13 +84,13 @@ LAYERS = {"linear": plain, "conv1d": conv1d, "quantized": Quantized}
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("adapters", [("one",), ("one", "two")], ids=len)
-def test_forward_is_the_formula(make: Any, adapters: tuple[str, ...]) -> None:
+def test_forward_computes_the_formula(make: Any, adapters: tuple[str, ...]) -> None:
     vera = wrapped(make(), *adapters)
     x = torch.randn(2, 5, INPUTS)
     torch.testing.assert_close(vera(x).double(), formula(vera, x, *adapters), rtol=0, atol=1e-5)
 
 
-def test_only_active_adapters_count() -> None:
+def test_only_active_adapters_change_the_output() -> None:
     vera = wrapped(plain(), "one", "two")
     x = torch.randn(3, INPUTS)
     vera.active = ("two",)
@@ -122,7 +122,7 @@ def test_a_float64_layer_is_adapted_in_float64() -> None:
     torch.testing.assert_close(vera(x), formula(vera, x, "one"))
 
 
-def test_without_gradients_the_same_bits_come_out() -> None:
+def test_the_output_without_gradients_has_the_same_bits() -> None:
     vera = wrapped(plain())
     x = torch.randn(3, INPUTS)
     y = vera(x)
@@ -137,11 +137,11 @@ def test_autocast_does_not_depend_on_gradients() -> None:
         y = vera(x)
         with torch.no_grad():
             assert torch.equal(vera(x), y)
-    assert y.dtype == torch.float32  # that of x, as in PEFT
+    assert y.dtype == torch.float32  # the dtype of x, as in PEFT
     torch.testing.assert_close(y.double(), formula(vera, x, "one"), rtol=0.05, atol=0.2)
 
 
-def test_gradients_are_those_of_the_formula_and_reach_d_and_b_alone() -> None:
+def test_gradients_equal_the_formula_s_and_reach_only_d_and_b() -> None:
     vera = wrapped(plain())
     vera.base_layer.requires_grad_(requires_grad=False)
     x = torch.randn(3, INPUTS, requires_grad=True)
@@ -158,7 +158,7 @@ def test_gradients_are_those_of_the_formula_and_reach_d_and_b_alone() -> None:
     }
 
 
-def test_dropout_acts_in_training_and_on_the_branch_alone() -> None:
+def test_dropout_acts_only_in_training_and_only_on_the_branch() -> None:
     vera = wrapped(plain(), dropout=1.0)
     x = torch.randn(3, INPUTS)
     assert not torch.equal(vera(x), vera.base_layer(x))
@@ -219,7 +219,7 @@ def test_a_second_merge_changes_nothing() -> None:
     assert vera.merged == ("one",)
 
 
-def test_a_merge_that_would_not_be_finite_is_found_before_it_is_made() -> None:
+def test_a_merge_that_would_not_be_finite_is_found_before_any_change() -> None:
     vera = wrapped(plain(torch.float16))
     assert vera.merges_finite()
     weight = vera.weight.clone()
@@ -233,11 +233,11 @@ def test_a_merge_into_a_quantized_layer_is_refused() -> None:
         wrapped(Quantized()).merge()
 
 
-# --- what can be wrapped -------------------------------------------------------------------------
+# --- layers that can be wrapped ------------------------------------------------------------------
 
 
 class Transposed(nn.Module):
-    """Called like a linear layer, with a square weight that is stored (in, out)."""
+    """A layer that is called like a linear layer, with a square weight that is stored (in, out)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -342,7 +342,7 @@ def test_shared_matrices_follow_the_input_and_every_change_of_their_values() -> 
     assert like(A, here).data_ptr() == A.one.data_ptr()
     assert like(A, there).is_meta
     assert torch.equal(like(A, wide), A.one.double())
-    A.one.mul_(2)  # in place
+    A.one.mul_(2)  # the values change in place
     assert torch.equal(like(A, wide), A.one.double())
     A.load_state_dict({"one": torch.ones(2, 3)})
     assert torch.equal(like(A, wide), torch.ones(2, 3).double())
@@ -352,7 +352,7 @@ def test_shared_matrices_follow_the_input_and_every_change_of_their_values() -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_training_goes_on_after_inference_mode(dtype: Any) -> None:
     vera = wrapped(plain(dtype))
-    vera._shared[0].to(torch.float16)  # so that every use needs a converted copy
+    vera._shared[0].to(torch.float16)  # so each use needs a converted copy
     x = torch.randn(3, INPUTS, dtype=dtype)
     with torch.inference_mode():
         y = vera(x)
@@ -364,7 +364,7 @@ def test_training_goes_on_after_inference_mode(dtype: Any) -> None:
 
 def test_shared_matrices_are_used_on_the_device_of_the_layer() -> None:
     vera = wrapped(plain())
-    there = vera.to("meta")  # the layer alone: the shared matrices are a part of the model
+    there = vera.to("meta")  # only the layer moves: the shared matrices belong to the model
     assert not any(matrix.one.is_meta for matrix in vera._shared)
     assert there(torch.empty(3, INPUTS, device="meta")).is_meta
     assert not any(matrix.one.is_meta for matrix in vera._shared)
@@ -393,7 +393,7 @@ def test_adapters_with_equal_matrices_share_one_tensor() -> None:
     assert A.one.dtype == torch.float64
 
 
-def test_loading_values_for_one_adapter_leaves_the_other_alone() -> None:
+def test_loading_values_for_an_adapter_does_not_change_the_other_adapter() -> None:
     A = SharedMatrix()
     A.put("one", torch.ones(2, 3))
     A.put("two", torch.ones(2, 3))

@@ -1,4 +1,4 @@
-"""Merged models, loaded with the class that a user takes: they answer as the adapter did."""
+"""Load merged models with the class that a user takes, and compare with the trained model."""
 
 from __future__ import annotations
 
@@ -77,16 +77,16 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Trained:
-    """A base that was saved as one class, and an adapter that was trained in another.
+    """A base that was saved as one class, and an adapter that was trained in another class.
 
     Attributes:
-        base: the class that the base was saved as.
-        config: the class of its config, and the fields of that.
-        task: what PEFT calls the task; None for a head that PEFT does not know.
-        auto: the Auto class that the adapter was trained in, where no task says it.
-        targets: the layers that are adapted.
-        labels: how many there are; None for questions.
-        saved: further modules that are saved.
+    base: the class that saved the base.
+    config: the class of the base's config, and the fields of the config.
+    task: PEFT's name of the task; None for a head that PEFT does not know.
+    auto: the Auto class in which the adapter was trained, if the task does not name the class.
+    targets: the adapted layers.
+    labels: the number of labels; None for question answering.
+    saved: further modules in modules_to_save.
     """
 
     base: str
@@ -182,7 +182,7 @@ KINDS = {
 
 
 def trained(folder: Path, kind: Trained) -> tuple[Path, Path]:
-    """Save a base and an adapter with random values; return their folders."""
+    """Save a base and an adapter with random values; return both folders."""
     torch.manual_seed(0)
     name, fields = kind.config
     config = of_transformers(name)(**fields, **kind.base_fields)
@@ -205,14 +205,14 @@ def trained(folder: Path, kind: Trained) -> tuple[Path, Path]:
     return base, folder / "adapter"
 
 
-def asked(model: Any, kind: Trained) -> Any:
-    """Return what a model answers."""
+def outputs_of(model: Any, kind: Trained) -> Any:
+    """Return the outputs of a model."""
     torch.manual_seed(1)
     model.eval()
     if "Image" in kind.auto:
         given = {"pixel_values": torch.randn(2, 3, 8, 8)}
     else:
-        # One text at a time: a decoder without a padding token takes no more.
+        # One text at a time, because a decoder without a padding token accepts no batch.
         given = {"input_ids": torch.cat([torch.randint(3, 40, (1, 9)), torch.ones(1, 1).long()], 1)}
     with torch.no_grad():
         out = model(**given)
@@ -222,11 +222,11 @@ def asked(model: Any, kind: Trained) -> Any:
 def by_peft(base: Path, adapter: Path, kind: Trained) -> Any:
     labels = {} if kind.labels is None else {"num_labels": kind.labels}
     model = kind.loader.from_pretrained(base, **labels, ignore_mismatched_sizes=True)
-    return asked(peft.PeftModel.from_pretrained(model, adapter), kind)
+    return outputs_of(peft.PeftModel.from_pretrained(model, adapter), kind)
 
 
 def loaded(folder: Path, kind: Trained) -> Any:
-    """Load a merged model, with nothing new and nothing of another shape."""
+    """Load a merged model, and check that no tensor is new or has another shape."""
     model, info = kind.loader.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
@@ -250,7 +250,7 @@ LATER = {
     ),
     "images": "earlier ones name the layers of ViT otherwise",
 }
-"""Cases that no release before transformers 5.0 can load, and the reasons."""
+"""Cases that no release before transformers 5.0 can load, with the reasons."""
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_a_merged_model_loads_as_it_was_trained(name: str, tmp_path: Path) -> No
     assert model.config.architectures == [type(model).__name__]
     if kind.labels is not None:
         assert model.config.num_labels == kind.labels
-    apart = (asked(model, kind) - by_peft(base, adapter, kind)).abs().max()
+    apart = (outputs_of(model, kind) - by_peft(base, adapter, kind)).abs().max()
     assert apart <= 1e-5
     options = VerifyOptions(layers_only=True)
     assert verify(adapter, base=str(base), merged=tmp_path / "out", options=options).passed
@@ -356,7 +356,7 @@ def test_the_padding_token_comes_from_the_adapters_tokenizer(
     assert (both[1] - second[0]).abs().max() <= 1e-5
 
 
-def test_a_head_of_no_known_class_needs_the_class_to_be_named(tmp_path: Path) -> None:
+def test_a_head_of_an_unknown_class_needs_the_name_of_the_class(tmp_path: Path) -> None:
     kind = KINDS["three labels on a decoder"]
     base, adapter = trained(tmp_path, kind)
     config = json.loads((adapter / "adapter_config.json").read_bytes()) | {"task_type": None}
@@ -366,7 +366,11 @@ def test_a_head_of_no_known_class_needs_the_class_to_be_named(tmp_path: Path) ->
         adapter, base, tmp_path / "out", architecture="LlamaForSequenceClassification"
     )
     assert "V533" not in codes(done)
-    apart = (asked(loaded(tmp_path / "out", kind), kind) - by_peft(base, adapter, kind)).abs().max()
+    apart = (
+        (outputs_of(loaded(tmp_path / "out", kind), kind) - by_peft(base, adapter, kind))
+        .abs()
+        .max()
+    )
     assert apart <= 1e-5
     options = VerifyOptions(layers_only=True)
     assert verify(adapter, base=str(base), merged=tmp_path / "out", options=options).passed
@@ -383,7 +387,7 @@ def test_modules_that_a_class_needs_and_no_file_stores_are_named(tmp_path: Path)
 
 
 @needs("transformers", "5.0", "earlier releases name the body of this class otherwise")
-def test_a_class_of_questions_that_loads_nothing_of_the_base_is_refused(tmp_path: Path) -> None:
+def test_a_class_of_questions_that_loads_no_tensor_of_the_base_is_refused(tmp_path: Path) -> None:
     kind = Trained("LlamaForCausalLM", LLAMA, "QUESTION_ANS", QV)
     base, adapter = trained(tmp_path, kind)
     _, info = kind.loader.from_pretrained(base, output_loading_info=True)
@@ -448,7 +452,7 @@ LOST_BIASES = ("AlbertForMaskedLM", "RobertaForMaskedLM")
 
 
 def merged_by_peft(name: str, folder: Path, rows: int, **options: Any) -> Mapping[str, Any]:
-    """Save a base, and an adapter on the base with a resized vocabulary; return PEFT's merge."""
+    """Save a base and an adapter with a resized vocabulary; return PEFT's merged model."""
     config, fields, target = {**HEADS_WITH_BIAS, **LOGITS_WITH_BIAS}[name]
     torch.manual_seed(0)
     kind = of_transformers(name)
@@ -489,7 +493,7 @@ def test_the_bias_of_a_resized_head_is_resized_with_the_head(
     assert result.passed, [str(each) for each in result.findings]
 
 
-def test_a_vocabulary_that_is_resized_in_part_is_refused(tmp_path: Path) -> None:
+def test_a_partly_resized_vocabulary_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**DECODER, tie_word_embeddings=False)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
@@ -509,9 +513,10 @@ def test_a_vocabulary_that_is_resized_in_part_is_refused(tmp_path: Path) -> None
 
 
 class Encoder:
-    """A folder of sentence-transformers, loaded as that library loads it: modules in their order.
+    """A folder of sentence-transformers, whose modules are run in the order of the library.
 
-    Transformer, mean pooling, and a trained Dense with tanh; the prompt comes before each text.
+    The modules are Transformer, mean pooling, and a trained Dense with tanh. The prompt precedes
+    each text.
     """
 
     def __init__(self, folder: Path, model: Any = None) -> None:
@@ -599,7 +604,7 @@ def test_a_sentence_transformers_adapter_encodes_as_it_was_trained(tmp_path: Pat
     "name", ["three labels on a decoder", "tokens on BERT", "questions on BERT", "a reward model"]
 )
 def test_verify_accepts_a_classifier_that_peft_merged(name: str, tmp_path: Path) -> None:
-    """It is saved without the head that the base had, and without a provenance."""
+    """PEFT saves the model without the head of the base, and without a provenance."""
     kind = KINDS[name]
     base, adapter = trained(tmp_path, kind)
     labels = {} if kind.labels is None else {"num_labels": kind.labels}

@@ -1,4 +1,4 @@
-"""Test that the model adds, combines, merges, saves, loads and refuses adapters."""
+"""The model adds, combines, merges, saves, loads and refuses adapters."""
 
 # mypy: allow-subclassing-any
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vera_convert.merging.options import Tied
 from vera_convert.with_torch import VeraConfig, VeraLinear, VeraModel
 
 LLAMA = VeraConfig(r=4, target_modules=("q_proj", "v_proj"), init_weights=False)
-"""It begins with b = 1, so that the adapter does something."""
+"""A config with b = 1 at the start, so that the adapter has an effect."""
 WITH_HEAD = VeraConfig(r=4, target_modules=("query",), task_type="SEQ_CLS", init_weights=False)
 
 
@@ -41,7 +41,7 @@ def bert(config: VeraConfig = WITH_HEAD) -> VeraModel:
     return VeraModel(torchmodels.built("bert"), config)
 
 
-def says(model: Any, kind: str = "llama") -> Any:
+def output_of(model: Any, kind: str = "llama") -> Any:
     return torchmodels.logits(model, kind)
 
 
@@ -53,9 +53,9 @@ def names(parameters: Any) -> set[str]:
 
 
 def test_a_new_adapter_changes_nothing_until_it_is_trained() -> None:
-    base = says(torchmodels.built("llama"))
-    assert torch.equal(says(llama(replace(LLAMA, init_weights=True))), base)
-    assert not torch.equal(says(llama()), base)
+    base = output_of(torchmodels.built("llama"))
+    assert torch.equal(output_of(llama(replace(LLAMA, init_weights=True))), base)
+    assert not torch.equal(output_of(llama()), base)
 
 
 def test_layers_of_all_widths_share_one_pair() -> None:
@@ -85,14 +85,14 @@ def test_only_active_adapters_are_trained() -> None:
 def test_the_branches_of_several_adapters_are_summed() -> None:
     model = llama(replace(LLAMA, target_modules=("lm_head",)))
     model.add_adapter(replace(LLAMA, target_modules=("lm_head",), r=2), adapter="two")
-    alone = says(model)
+    alone = output_of(model)
     model.set_adapter("two")
-    other = says(model)
+    other = output_of(model)
     model.set_adapter("two", "default", "two")
     assert model.active == ("two", "default")
     with model.disabled():
-        base = says(model)
-    torch.testing.assert_close(says(model), alone + other - base)
+        base = output_of(model)
+    torch.testing.assert_close(output_of(model), alone + other - base)
 
 
 def test_each_adapter_has_the_same_matrices_as_alone() -> None:
@@ -113,14 +113,14 @@ def test_the_variant_of_the_generator_can_be_chosen() -> None:
     assert 0 < difference < 1e-6
 
 
-def test_disabled_gives_the_outputs_of_the_base() -> None:
+def test_disabled_adapters_give_the_outputs_of_the_base() -> None:
     model = bert()
     model.model.classifier.modules_to_save["default"].weight.data += 1
-    base = says(torchmodels.built("bert"), "bert")
-    adapted = says(model, "bert")
+    base = output_of(torchmodels.built("bert"), "bert")
+    adapted = output_of(model, "bert")
     with model.disabled():
-        assert torch.equal(says(model, "bert"), base)
-    assert torch.equal(says(model, "bert"), adapted)
+        assert torch.equal(output_of(model, "bert"), base)
+    assert torch.equal(output_of(model, "bert"), adapted)
     assert not torch.equal(adapted, base)
 
 
@@ -165,11 +165,11 @@ def test_a_wrong_adapter_is_refused_and_changes_nothing(
     act: Callable[[VeraModel], None], message: str
 ) -> None:
     model = llama()
-    before = says(model)
+    before = output_of(model)
     with pytest.raises(UsageError, match=message):
         act(model)
     assert set(model.configs) == {"default"}
-    assert torch.equal(says(model), before)
+    assert torch.equal(output_of(model), before)
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_two_heads_cannot_both_be_active() -> None:
     with pytest.raises(UsageError, match="default and two each bring their own classifier"):
         model.set_adapter("default", "two")
     model.model.classifier.modules_to_save["two"].weight.data += 1
-    first = says(model, "bert")
+    first = output_of(model, "bert")
     model.set_adapter("two")
-    assert not torch.equal(says(model, "bert"), first)
+    assert not torch.equal(output_of(model, "bert"), first)
 
 
 def test_a_model_without_values_is_refused() -> None:
@@ -215,7 +215,7 @@ def test_a_model_without_values_is_refused() -> None:
 
 
 class Quantized(nn.Module):
-    """A linear layer without a weight that torch knows."""
+    """A linear layer whose weight is of no class that torch knows."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -265,20 +265,20 @@ def test_a_layer_of_another_kind_is_refused_by_its_class(tmp_path: Path) -> None
 
 def test_merge_and_unmerge() -> None:
     model = llama()
-    adapted = says(model)
+    adapted = output_of(model)
     model.merge()
-    torch.testing.assert_close(says(model), adapted)
+    torch.testing.assert_close(output_of(model), adapted)
     merged = r"default is merged: call unmerge\(\)"
     model.merge()
-    torch.testing.assert_close(says(model), adapted)
+    torch.testing.assert_close(output_of(model), adapted)
     with pytest.raises(UsageError, match=merged):
         model.set_adapter("default")
     with pytest.raises(UsageError, match=merged), model.disabled():
         pass
     model.unmerge()
-    torch.testing.assert_close(says(model), adapted)
+    torch.testing.assert_close(output_of(model), adapted)
     with model.disabled():
-        torch.testing.assert_close(says(model), says(torchmodels.built("llama")))
+        torch.testing.assert_close(output_of(model), output_of(torchmodels.built("llama")))
 
 
 def test_unload_gives_back_the_model_that_was_wrapped() -> None:
@@ -292,30 +292,30 @@ def test_unload_gives_back_the_model_that_was_wrapped() -> None:
     assert all(torch.equal(base.state_dict()[name], expected[name]) for name in expected)
 
 
-def test_nothing_is_merged_if_a_value_would_not_be_finite() -> None:
+def test_no_layer_is_merged_if_a_value_would_not_be_finite() -> None:
     model = llama()
-    expected = says(model)
+    expected = output_of(model)
     model.model.model.layers[1].self_attn.v_proj.vera_lambda_b.default.data[0] = torch.inf
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.v_proj"):
         model.merge()
     model.model.model.layers[1].self_attn.v_proj.vera_lambda_b.default.data[0] = 1.0
-    assert torch.equal(says(model), expected)
+    assert torch.equal(output_of(model), expected)
     model.model.model.layers[1].self_attn.v_proj.vera_lambda_b.default.data[0] = torch.inf
     model.merge(check=False)
-    assert not says(model).isfinite().all()
+    assert not output_of(model).isfinite().all()
 
 
-def test_a_tied_head_is_merged_as_its_user_says() -> None:
+def test_a_tied_head_is_merged_by_the_user_s_choice() -> None:
     def tied() -> VeraModel:
         return VeraModel(torchmodels.built("gpt2"), replace(LLAMA, target_modules=("lm_head",)))
 
     model = tied()
-    adapted = says(model, "gpt2")
+    adapted = output_of(model, "gpt2")
     with pytest.raises(UsageError, match=r"transformer\.wte\.weight and lm_head\.weight are one"):
         model.merge()
-    assert torch.equal(says(model, "gpt2"), adapted)
+    assert torch.equal(output_of(model, "gpt2"), adapted)
     model.merge(tied=Tied.UNTIE)
-    torch.testing.assert_close(says(model, "gpt2"), adapted)
+    torch.testing.assert_close(output_of(model, "gpt2"), adapted)
     merged = model.unload()
     assert merged.config.tie_word_embeddings is False
     assert not torch.equal(merged.lm_head.weight, merged.transformer.wte.weight)
@@ -324,7 +324,7 @@ def test_a_tied_head_is_merged_as_its_user_says() -> None:
     changed = model.unload()
     assert changed.lm_head.weight is changed.transformer.wte.weight
     assert torch.equal(changed.lm_head.weight, merged.lm_head.weight)
-    assert not torch.equal(says(changed, "gpt2"), adapted)
+    assert not torch.equal(output_of(changed, "gpt2"), adapted)
 
 
 # --- torch's own machinery -----------------------------------------------------------------------
@@ -334,10 +334,10 @@ def test_a_state_dict_can_be_loaded_again() -> None:
     model, other = bert(), bert(replace(WITH_HEAD, projection_prng_key=1))
     for parameter in model.trainable_parameters():
         parameter.data.normal_()
-    assert not torch.equal(says(model, "bert"), says(other, "bert"))
+    assert not torch.equal(output_of(model, "bert"), output_of(other, "bert"))
     other.load_state_dict(model.state_dict())
-    assert torch.equal(says(model, "bert"), says(other, "bert"))
-    assert torch.equal(says(copy.deepcopy(model), "bert"), says(other, "bert"))
+    assert torch.equal(output_of(model, "bert"), output_of(other, "bert"))
+    assert torch.equal(output_of(copy.deepcopy(model), "bert"), output_of(other, "bert"))
 
 
 @theirwarnings.OF_TORCH
@@ -376,13 +376,13 @@ def test_the_model_compiles() -> None:
 def test_the_model_can_be_moved_to_another_device() -> None:
     model = llama().double()
     assert model.vera_A.default.dtype == torch.float64
-    torch.testing.assert_close(says(model).float(), says(llama()))
+    torch.testing.assert_close(output_of(model).float(), output_of(llama()))
 
 
 # --- saving and loading --------------------------------------------------------------------------
 
 
-def test_without_an_adapter_there_is_nothing_to_save(tmp_path: Path) -> None:
+def test_a_model_without_adapters_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no adapter to save"):
         llama(None).save_pretrained(tmp_path / "out")
 
@@ -397,7 +397,7 @@ def test_a_saved_adapter_gives_the_same_outputs(tmp_path: Path) -> None:
         "adapter_model.safetensors",
     }
     loaded = VeraModel.from_pretrained(torchmodels.built("bert"), tmp_path / "out")
-    assert torch.equal(says(loaded, "bert"), says(model, "bert"))
+    assert torch.equal(output_of(loaded, "bert"), output_of(model, "bert"))
     assert loaded.trainable_parameters() == []
     loaded.set_adapter("default")
     assert names(loaded.named_parameters()) == names(model.named_parameters())
@@ -406,7 +406,7 @@ def test_a_saved_adapter_gives_the_same_outputs(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_a_named_adapter_gets_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_a_named_adapter_gets_its_own_folder(tmp_path: Path) -> None:
     model = llama()
     model.add_adapter(replace(LLAMA, projection_prng_key=9), adapter="nine")
     model.save_pretrained(tmp_path / "out")
@@ -416,10 +416,10 @@ def test_a_named_adapter_gets_a_folder_of_its_own(tmp_path: Path) -> None:
     for ours, theirs in (("default", "default"), ("nine", "ninth")):
         model.set_adapter(ours)
         loaded.set_adapter(theirs)
-        assert torch.equal(says(loaded), says(model))
+        assert torch.equal(output_of(loaded), output_of(model))
 
 
-def test_a_folder_is_replaced_only_if_nothing_of_value_is_lost(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
     model = llama()
     model.add_adapter(LLAMA, adapter="two")
@@ -433,7 +433,7 @@ def test_a_folder_is_replaced_only_if_nothing_of_value_is_lost(tmp_path: Path) -
     assert (out / "optimizer.pt").read_bytes() == b"precious"
 
 
-def test_a_stripped_adapter_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_stripped_adapter_loads_with_the_same_values(tmp_path: Path) -> None:
     model = llama(dtype="bfloat16")
     model.save_pretrained(tmp_path / "whole")
     strip(tmp_path / "whole", tmp_path / "stripped", accept_change=True)
@@ -456,7 +456,7 @@ def test_drawn_projections_can_be_rounded_as_for_another_dtype(tmp_path: Path) -
     assert torch.equal(loaded.vera_A.default, llama(dtype="bfloat16").vera_A.default)
 
 
-def test_a_key_map_renames_paths_to_those_of_the_model(tmp_path: Path) -> None:
+def test_a_key_map_renames_paths_to_the_model_s_paths(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path / "out")
     path = tmp_path / "out" / "adapter_model.safetensors"
@@ -470,11 +470,11 @@ def test_a_key_map_renames_paths_to_those_of_the_model(tmp_path: Path) -> None:
     loaded = VeraModel.from_pretrained(torchmodels.built("llama"), tmp_path / "out", key_map=pairs)
     assert (loaded.model.model.embed_tokens.weight == 1).all()
     model.model.model.embed_tokens.weight.fill_(1)
-    assert torch.equal(says(loaded), says(model))
+    assert torch.equal(output_of(loaded), output_of(model))
 
 
 def edited(folder: Path, tensors: Mapping[str, Any], **config: object) -> Path:
-    """Change a saved adapter; a tensor that is None is taken out."""
+    """Change tensors of a saved adapter; None removes the tensor."""
     path = folder / "adapter_model.safetensors"
     stored = {**load_file(path), **tensors}
     save_file({name: array for name, array in stored.items() if array is not None}, path)
@@ -507,10 +507,10 @@ def test_an_adapter_of_another_model_is_refused(
 ) -> None:
     llama().save_pretrained(tmp_path / "out")
     base = torchmodels.built(kind)
-    expected = says(base, kind)
+    expected = output_of(base, kind)
     with pytest.raises(CheckpointError, match=message):
         VeraModel.from_pretrained(base, edited(tmp_path / "out", tensors))
-    assert torch.equal(says(base, kind), expected)
+    assert torch.equal(output_of(base, kind), expected)
 
 
 def test_layers_that_the_file_lacks_are_not_adapted_and_reported(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Modules that the files call by a number, and memory by a name: all commands find the modules."""
+"""Modules with a number in the files and a name in memory: every command finds these modules."""
 
 # mypy: allow-untyped-calls
 from __future__ import annotations
@@ -63,14 +63,14 @@ class Numbered:
     """A class of transformers whose files number modules.
 
     Attributes:
-        fields: the fields of the class's config.
-        targets: the adapted layers, as a regular expression.
-        saved: modules that are trained whole.
-        numbered: a name in the files that has such a number.
-        run: gives outputs that depend on the numbered modules.
-        bias: the biases that are trained.
-        published: a part of the names that transformers writes, and the part that published files
-            have instead; transformers loads both.
+    fields: the fields of the class's config.
+    targets: the adapted layers, as a regular expression.
+    saved: the modules in modules_to_save.
+    numbered: a name with such a number in the files.
+    run: a function that returns outputs that depend on the numbered modules.
+    bias: the biases that are trained.
+    published: a part of the names that transformers writes, and the other part that published files
+    have; transformers loads both.
     """
 
     fields: Mapping[str, Any]

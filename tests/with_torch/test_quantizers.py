@@ -1,6 +1,6 @@
-"""Packed weights dequantized here and by the quantizers' own libraries, if these are installed.
+"""Compare packed weights dequantized here and by the quantizers' own libraries.
 
-`make test-quantizers` installs the libraries and requires each of them.
+`make test-quantizers` installs the libraries and requires each library.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ BASE = BaseModel(Location("base", None), {"model_type": "llama"}, {}, {})
 
 
 def library(name: str) -> Any:
-    """A module of a quantizer's library; the test is skipped without the library."""
+    """Import a module of a quantizer's library, or skip the test if the library is missing."""
     if "REQUIRE_QUANTIZERS" in os.environ:
         return import_module(name)
     return pytest.importorskip(name)
 
 
 def autoawqs_packing() -> Any:
-    """AutoAWQ's functions for packed weights; the package as a whole needs an old transformers."""
+    """Return AutoAWQ's functions for packed weights; the complete package needs an old
+    transformers.
+    """
     package = find_spec("awq")
     if package is None and "REQUIRE_QUANTIZERS" not in os.environ:
         pytest.skip("autoawq is not installed")
@@ -62,7 +64,7 @@ def autoawqs_packing() -> Any:
 
 
 def array(tensor: Any) -> NDArray[Any]:
-    """A tensor's values, those of bfloat16 by way of their bits."""
+    """Return a tensor's values; bfloat16 is converted by its bits."""
     from vera_convert.with_torch.arrays import to_array
 
     return to_array(tensor.contiguous())
@@ -72,7 +74,9 @@ def array(tensor: Any) -> NDArray[Any]:
 @pytest.mark.parametrize("shape", [(16, 128), (33, 65), (64, 100)])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_bitsandbytes_4bit(kind: str, shape: tuple[int, int], nested: bool, dtype: str) -> None:
+def test_bitsandbytes_4bit_equals_the_library(
+    kind: str, shape: tuple[int, int], nested: bool, dtype: str
+) -> None:
     functional = library("bitsandbytes.functional")
     torch.manual_seed(0)
     weight = torch.randn(shape, dtype=getattr(torch, dtype))
@@ -83,7 +87,7 @@ def test_bitsandbytes_4bit(kind: str, shape: tuple[int, int], nested: bool, dtyp
         "weight": array(packed),
         **{f"weight.{name}": array(part) for name, part in state.as_dict(packed=True).items()},
     }
-    # The library's fast path for AVX-512 is wrong for some shapes, its table in float32 is right.
+    # The library's fast path for AVX-512 is wrong for some shapes; its float32 table is right.
     codes = np.stack([arrays["weight"] >> 4, arrays["weight"] & 15], -1).reshape(-1)
     absmax = state.absmax
     if nested:
@@ -115,7 +119,7 @@ def test_bitsandbytes_4bit_in_blocks_of_any_size(block: int, nested: bool) -> No
     np.testing.assert_array_equal(found.astype(np.float64), wanted.astype(np.float64))
 
 
-def test_bitsandbytes_8bit() -> None:
+def test_bitsandbytes_8bit_equals_the_library() -> None:
     functional = library("bitsandbytes.functional")
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(-128, 128, (24, 97), dtype=torch.int8, generator=generator)
@@ -225,9 +229,11 @@ def test_compressed_tensors_nvfp4() -> None:
         (["Linear"], ["re:lm_head"], ["Linear"]),
     ],
 )
-def test_the_groups_of_compressed_tensors(targets: tuple[list[str], ...]) -> None:
+def test_the_groups_of_compressed_tensors_equal_the_library_s(
+    targets: tuple[list[str], ...],
+) -> None:
     quantization = library("compressed_tensors.quantization")
-    # The bits tell which group the library gave to a layer.
+    # The number of bits shows the group that the library chose for a layer.
     groups = {
         f"{bits}": {"targets": names, "weights": {"num_bits": bits, "strategy": "channel"}}
         for bits, names in enumerate(targets, 2)
@@ -246,7 +252,8 @@ def test_the_groups_of_compressed_tensors(targets: tuple[list[str], ...]) -> Non
         found = settings["config_groups"]
         assert isinstance(found, dict)
         if any("Embedding" in group["targets"] for group in found.values()):
-            assert theirs[name] in found, name  # a file does not tell the class: the shapes do
+            # the shapes show the class, which a file does not name
+            assert theirs[name] in found, name
         else:
             assert [*found] == [theirs[name]], name
 
@@ -264,7 +271,7 @@ def test_the_groups_of_compressed_tensors(targets: tuple[list[str], ...]) -> Non
         {"layers": {"bits": 8}, "+:model.layers.1": {"bits": 3}, "-:model.layers.10": {}},
     ],
 )
-def test_the_rules_of_gptqmodel(rules: dict[str, dict[str, object]]) -> None:
+def test_the_rules_of_gptqmodel_equal_the_library_s(rules: dict[str, dict[str, object]]) -> None:
     theirs = library("gptqmodel.quantization.config").dynamic_get
     names = [
         f"model.layers.{layer}.{name}"
@@ -291,7 +298,7 @@ def test_the_rules_of_gptqmodel(rules: dict[str, dict[str, object]]) -> None:
         [],
     ],
 )
-def test_transformers_lists_of_plain_layers(listed: list[str]) -> None:
+def test_the_lists_of_plain_layers_equal_transformers(listed: list[str]) -> None:
     quantizers = import_module("transformers.quantizers.quantizers_utils")
     ends = ("self_attn.q_proj", "mlp.up_proj")
     paths = [f"model.layers.{layer}.{end}" for layer in (0, 1, 10) for end in ends] + ["lm_head"]
@@ -322,7 +329,7 @@ def test_torchao(kind: str, dtype: str) -> None:
     np.testing.assert_array_equal(found.astype(np.float64), wanted.astype(np.float64))
 
 
-def test_the_cast_to_fp8_is_that_of_torch() -> None:
+def test_the_cast_to_fp8_equals_torch_s() -> None:
     values = torch.empty(100_000).uniform_(-0.6, 0.6, generator=torch.Generator().manual_seed(0))
     values = torch.cat([values, values * 2**-9, values * 2**-12])
     wanted = values.to(torch.float8_e4m3fn).to(torch.float32)
@@ -330,7 +337,7 @@ def test_the_cast_to_fp8_is_that_of_torch() -> None:
 
 
 def words(values: NDArray[np.generic]) -> NDArray[np.int32]:
-    """Random words of 32 bits in the shape of `values`."""
+    """Return random 32-bit words in the shape of `values`."""
     generator = np.random.default_rng(values.size)
     return generator.integers(-(2**31), 2**31, values.shape).astype(np.int32)
 

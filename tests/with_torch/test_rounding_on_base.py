@@ -1,4 +1,4 @@
-"""The dtype of a base rounds drawn A and B in PEFT as `rounding_on_base` says."""
+"""PEFT rounds regenerated A and B to the dtype of the base as `rounding_on_base` says."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = theirwarnings.OF_PEFT
 
 @pytest.fixture(params=["float32", "float64"])
 def drawn_in(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The default dtype while PEFT draws, which decides the dtype of the draw."""
+    """Set the default dtype while PEFT draws, which decides the dtype of the draw."""
     torch.set_default_dtype(getattr(torch, request.param))
     yield request.param
     torch.set_default_dtype(torch.float32)

@@ -1,4 +1,4 @@
-"""Modules that PEFT saves whole: a merged model answers as the model with the adapter does."""
+"""Modules that PEFT saves: a merged model gives the outputs of the model with the adapter."""
 
 # mypy: allow-untyped-calls
 from __future__ import annotations
@@ -99,7 +99,9 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_merged_model_answers_as_the_model_with_the_adapter(case: str, tmp_path: Path) -> None:
+def test_a_merged_model_gives_the_outputs_of_the_model_with_the_adapter(
+    case: str, tmp_path: Path
+) -> None:
     name, wanted, told = CASES[case]
     config, fields = MODELS[name]
     model_class, base, adapter = of_transformers(name), tmp_path / "base", tmp_path / "adapter"

@@ -1,4 +1,4 @@
-"""Adapters of single experts on bases that store the experts one by one or as stacks."""
+"""Adapters of single experts on bases that store the experts separately or as stacks."""
 
 # mypy: allow-untyped-calls, allow-subclassing-any
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vera_convert import (
 
 pytestmark = [
     OF_PEFT,
-    # PEFT applies the pattern to the parameter of all experts, and looks it up among modules alone.
+    # PEFT applies the pattern to the parameter of all experts, but searches only the modules.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
 ]
 
@@ -56,7 +56,7 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any], list[str]]] = {
 
 
 def tree(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Build a model of linear layers by the names of tensors, as transformers 4 builds experts."""
+    """Build a model of linear layers from names of tensors, as transformers 4 builds experts."""
     root = nn.Module()
     for name, tensor in tensors.items():
         *path, last, _ = name.split(".")
@@ -72,7 +72,7 @@ def tree(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
 
 
 class Bases:
-    """A model in two folders: the experts one by one, and as stacks; and an adapter for it."""
+    """A model in two folders, with separate experts and with stacked experts, and an adapter."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         config, fields, targets = KINDS[kind]

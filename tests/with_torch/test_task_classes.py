@@ -1,4 +1,4 @@
-"""The classes with the heads of PEFT's tasks, as the installed transformers names them."""
+"""The classes with the heads of PEFT's tasks, as in the installed transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAPPINGS = {
 
 @pytest.mark.parametrize("task", MAPPINGS)
 def test_every_class_of_transformers_is_known(task: str) -> None:
-    """A release that adds a model type fails here, with the types that the table lacks."""
+    """If a release adds a model type, this test fails and lists the types that the table lacks."""
     from transformers.models.auto import modeling_auto
 
     named = dict(getattr(modeling_auto, MAPPINGS[task]))
@@ -54,7 +54,7 @@ NOT_SAVED = {
     "BertForTokenClassification": "BertForMaskedLM",
     "LlamaForSequenceClassification": "LlamaForCausalLM",
 }
-"""For each class the class of a base that lacks modules."""
+"""For each class, the class of a base that lacks modules."""
 
 
 @pytest.mark.parametrize("name", NOT_SAVED)
@@ -90,7 +90,7 @@ def _modules(name: str) -> tuple[str, set[str]]:
     return config.model_type, paths
 
 
-def test_a_type_without_such_a_head_has_no_class() -> None:
+def test_a_type_without_a_head_for_the_task_has_no_class() -> None:
     assert class_of_task("llama", "CAUSAL_LM") is None
     assert class_of_task("llama", None) is None
     assert class_of_task(None, "SEQ_CLS") is None

@@ -1,4 +1,4 @@
-"""Packed weights dequantized here and by transformers, which dequantizes two formats itself."""
+"""Compare packed weights dequantized here and by transformers, for two formats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vera_convert.with_torch.arrays import to_array
 @needs("transformers", "5.20", "fp8 weights are dequantized elsewhere")
 @pytest.mark.parametrize("block", [(8, 16), (4, 96), (24, 3)])
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_fp8(block: tuple[int, int], kind: torch.dtype) -> None:
+def test_fp8_equals_transformers(block: tuple[int, int], kind: torch.dtype) -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +31,7 @@ def test_fp8(block: tuple[int, int], kind: torch.dtype) -> None:
 
 
 @needs("transformers", "4.55", "there is no gpt-oss")
-def test_mxfp4() -> None:
+def test_mxfp4_equals_transformers() -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Models whose head is untied: the merged model computes what PEFT computes.
+"""Models with an untied head: the merged model gives PEFT's outputs.
 
 The field that unties the head also unties the stacks of an encoder-decoder, and the bias of a head
 with two names.
@@ -98,7 +98,7 @@ def untied(kind: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_untied_model_computes_what_peft_computes(kind: str, tmp_path: Path) -> None:
+def test_an_untied_model_gives_peft_s_outputs(kind: str, tmp_path: Path) -> None:
     wanted = trained(kind, tmp_path)
     torch.testing.assert_close(logits(untied(kind, tmp_path)), wanted, rtol=1e-4, atol=1e-5)
 
@@ -108,7 +108,7 @@ def test_an_untied_model_computes_what_peft_computes(kind: str, tmp_path: Path) 
 def test_no_release_scales_the_output_of_an_untied_model(
     kind: str, changed: str, tmp_path: Path
 ) -> None:
-    """transformers 4 reads the field of the tie alone, and never scales if the field is false."""
+    """transformers 4 reads only the field of the tie, and never scales if the field is false."""
     wanted = trained(kind, tmp_path, keeps_field=True, **CHANGED[changed])
     model = untied(kind, tmp_path)
     config = json.loads((tmp_path / "out" / "config.json").read_bytes())
@@ -137,7 +137,7 @@ def test_a_run_of_the_model_expects_the_scaled_and_rounded_head(
 ) -> None:
     """With 24 columns the scale is no power of 2, so the multiplication rounds.
 
-    transformers also rounds a head that an adapter stores wider than the base.
+    transformers also rounds a head that an adapter stores in a wider dtype than the base's.
     """
     config, fields, targets = KINDS[kind]
     monkeypatch.setitem(KINDS, kind, (config, {**fields, "d_model": 24}, targets))
@@ -150,7 +150,7 @@ def test_a_run_of_the_model_expects_the_scaled_and_rounded_head(
     assert checked.passed, [str(each) for each in checked.findings]
 
 
-def test_a_head_of_the_adapter_s_own_is_untied_with_the_stacks(tmp_path: Path) -> None:
+def test_a_head_that_the_adapter_stores_is_untied_with_the_stacks(tmp_path: Path) -> None:
     kind = "BartForConditionalGeneration"
     wanted = trained(kind, tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
     merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base", options=UNTIE)
@@ -196,7 +196,7 @@ def merged_by_peft(kind: str, folder: Path, **changes: object) -> Verification:
 def test_a_head_that_peft_merged_may_leave_the_scale_in_the_config(
     kind: str, keeps_field: bool, tmp_path: Path
 ) -> None:
-    """transformers 5 stores the embedding once, and reads the scale from a field of its own."""
+    """transformers 5 stores the embedding once, and reads the scale from a separate field."""
     wanted = trained(kind, tmp_path, keeps_field=keeps_field, **HEAD)
     checked = merged_by_peft(kind, tmp_path)
     assert checked.passed, [str(each) for each in checked.findings]
@@ -228,7 +228,7 @@ def test_a_base_without_the_field_shows_that_a_scale_is_wrong(tmp_path: Path) ->
     assert {each.code for each in wrong.findings if each.severity == "error"} == {"V615"}
 
 
-def test_a_head_apart_from_the_embedding_is_read_by_transformers_5_alone(tmp_path: Path) -> None:
+def test_only_transformers_5_reads_a_head_that_differs_from_the_embedding(tmp_path: Path) -> None:
     """Earlier releases of transformers 5 save an untied T5 with `tie_word_embeddings` true."""
     kind = "T5ForConditionalGeneration"
     trained(kind, tmp_path, **HEAD)
@@ -243,7 +243,7 @@ def test_a_head_apart_from_the_embedding_is_read_by_transformers_5_alone(tmp_pat
 def test_a_run_expects_the_head_as_peft_rounds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With 24 columns the scale is no power of 2, so a head with the scale rounds otherwise."""
+    """With 24 columns the scale is no power of 2, so a scaled head rounds differently."""
     kind = "T5ForConditionalGeneration"
     config, fields, targets = KINDS[kind]
     monkeypatch.setitem(KINDS, kind, (config, {**fields, "d_model": 24}, targets))

@@ -1,4 +1,4 @@
-"""A model whose head `VeraModel` parts from the embedding is saved for every transformers."""
+"""`VeraModel` unties the head of a model and saves a model that every transformers can load."""
 
 # mypy: allow-untyped-calls
 from __future__ import annotations
@@ -52,7 +52,7 @@ KINDS: dict[str, tuple[str, Mapping[str, Any], list[str], set[str]]] = {
 
 
 def base(kind: str, folder: Path) -> Any:
-    """Return a model as a user has it, loaded from files."""
+    """Return the model as a user gets the model from files."""
     config, fields, _, _ = KINDS[kind]
     torch.manual_seed(0)
     of_transformers(kind)(of_transformers(config)(**fields)).save_pretrained(folder / "base")
@@ -66,7 +66,8 @@ def check_saved(kind: str, model: Any, wanted: Any, folder: Path) -> None:
     assert (told["missing_keys"], told["unexpected_keys"]) == (set(), set())
     torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-5)
     config = json.loads((folder / "out" / "config.json").read_bytes())
-    # transformers 4 reads the field of the tie alone, and neither ties nor scales if it is false.
+    # transformers 4 reads only the field of the tie, and neither ties nor scales if the field is
+    # false.
     assert config["tie_word_embeddings"] is False
     assert not config.get("scale_decoder_outputs", False)
 
@@ -86,7 +87,7 @@ def test_an_untied_head_is_saved_for_every_release(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["T5ForConditionalGeneration", "LlamaForCausalLM"])
-def test_a_head_that_is_trained_whole_is_saved_for_every_release(kind: str, tmp_path: Path) -> None:
+def test_a_fully_trained_head_is_saved_for_every_release(kind: str, tmp_path: Path) -> None:
     target = KINDS[kind][2][0]
     config = VeraConfig(r=4, target_modules=(target,), modules_to_save=("lm_head",))
     model = VeraModel(base(kind, tmp_path), config)

@@ -1,4 +1,4 @@
-"""Heads, embeddings and vocabularies of real classes: the merged model computes as PEFT's."""
+"""Heads, embeddings and vocabularies of real classes: the merged model gives PEFT's outputs."""
 
 # mypy: allow-untyped-calls
 from __future__ import annotations
@@ -57,15 +57,15 @@ EMBEDDING = {"BertForMaskedLM": "word_embeddings", "T5ForConditionalGeneration":
 
 @dataclass(frozen=True)
 class Case:
-    """A base, an adapter on the base, and the choice for the merge.
+    """A base, an adapter for the base, and the choice for the merge.
 
     Attributes:
-        kind: the class.
-        changed: what the adapter changes beside the layers of the attention: ``delta`` of the head,
-            or the ``head`` or ``embedding`` in modules_to_save.
-        tied: whether the base ties head and embedding.
-        rows: the size of the vocabulary in the training; None for the base's.
-        choice: the value of ``--tied``.
+    kind: the class.
+    changed: further changes of the adapter: ``delta`` on the head, or the ``head`` or ``embedding``
+    in modules_to_save.
+    tied: whether the base ties head and embedding.
+    rows: the size of the vocabulary in the training; None for the base's size.
+    choice: the value of ``--tied``.
     """
 
     kind: str
@@ -133,7 +133,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_a_merged_model_computes_what_peft_computes(name: str, tmp_path: Path) -> None:
+def test_a_merged_model_gives_peft_s_outputs(name: str, tmp_path: Path) -> None:
     case = SAME[name]
     wanted = case.write(tmp_path)
     case.merged(tmp_path)

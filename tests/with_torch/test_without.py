@@ -1,4 +1,4 @@
-"""Test the errors for a missing or old torch."""
+"""Errors for a missing or old torch."""
 
 from __future__ import annotations
 
