@@ -199,7 +199,7 @@ REPORTS = (
         "huggingface/peft #1567, huggingface/transformers #29849",
         (
             "test_adapters_and_their_base_come_from_the_hub",
-            "test_two_revisions_clash",
+            "test_two_revisions_are_refused",
             "revision_is_a_path",
         ),
     ),

@@ -1,4 +1,4 @@
-"""The command line as users and their scripts hold us to it."""
+"""The command line, as users and their scripts rely on the commands."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the program in a process of its own."""
+    """Return a function that runs the program in a separate process."""
     command = [sys.executable, "-m", "vera_convert", *map(str, arguments)]
     return subprocess.run(command, text=True, cwd=ROOT, check=False, **options)
 
@@ -72,7 +72,7 @@ def choices(command: str, option: str) -> list[str]:
     return [*found.type.choices]
 
 
-def test_choices_are_those_of_the_library() -> None:
+def test_choices_equal_the_library_s() -> None:
     assert [*GENERATORS] == [*Variant] == choices("embed", "--generator")
     assert choices("strip", "--projections") == [*ProjectionSource]
     assert choices("migrate", "--to") == [*Mode]
@@ -101,7 +101,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_lists_the_options_of_the_contract(command: str, run: Run) -> None:
+def test_help_lists_the_promised_options(command: str, run: Run) -> None:
     for flag in ("--help", "-h"):
         ended = run(command, flag)
         assert (ended.status, ended.err) == (0, "")
@@ -109,7 +109,7 @@ def test_help_lists_the_options_of_the_contract(command: str, run: Run) -> None:
             assert re.search(rf"^ +(-\w, )?{option}\b", ended.out, re.MULTILINE), option
 
 
-def test_the_program_says_its_version_and_its_commands(run: Run) -> None:
+def test_the_program_prints_its_version_and_its_commands(run: Run) -> None:
     assert re.fullmatch(r"vera-convert \d+\.\d+\.\d+\S*\n", run("--version").out)
     assert all(command in run("--help").out for command in COMMANDS)
     alone = run()
@@ -141,7 +141,7 @@ def test_strip_and_embed(run: Run, adapter: Path, base: Path, tmp_path: Path) ->
     assert "embedded already, and was copied" in again.out
 
 
-def test_strip_asks_before_it_changes_anything(
+def test_strip_that_would_change_a_and_b_needs_an_option(
     run: Run, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     drawn(Variant.FLOAT32_SEPARATE)(adapter)
@@ -155,7 +155,7 @@ def test_strip_asks_before_it_changes_anything(
     assert bytes_by_name(tmp_path / "back") == bytes_by_name(adapter)
 
 
-def test_embed_with_options_alone(run: Run, adapter: Path, tmp_path: Path) -> None:
+def test_embed_with_sizes_instead_of_a_base(run: Run, adapter: Path, tmp_path: Path) -> None:
     good = weights(adapter)
     bare(adapter)
     dims = ["--in-features", 16, "--out-features", 16]
@@ -208,7 +208,7 @@ def test_migrate_a_tree(
         assert ended.out.endswith(f"wrote 2 of 3 adapters to {tmp_path / 'out'}\n")
 
 
-def test_migrate_a_tree_of_bad_ones(run: Run, tmp_path: Path) -> None:
+def test_migrate_a_tree_without_good_adapters(run: Run, tmp_path: Path) -> None:
     good_adapter(tmp_path / "tree" / "bad", r=0)
     ended = run("migrate", tmp_path / "tree", tmp_path / "out", "--to=asis", "--recursive")
     assert ended.status == 1
@@ -303,7 +303,7 @@ def arguments_of(command: str, adapter: Path, tmp_path: Path) -> list[object]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_json_is_one_document_that_its_schema_describes(
+def test_json_is_a_document_that_satisfies_its_schema(
     command: str,
     run: Run,
     adapter: Path,
@@ -316,7 +316,7 @@ def test_json_is_one_document_that_its_schema_describes(
     assert all(line.startswith("warning: ") for line in ended.err.splitlines())
 
 
-def test_every_schema_is_one_that_the_tests_hold_documents_to() -> None:
+def test_the_tests_check_documents_against_every_schema() -> None:
     sources = [
         path.read_text(encoding="utf-8") for path in Path(__file__).parents[1].rglob("test_*.py")
     ]
@@ -387,7 +387,7 @@ FAILURES: list[tuple[int, Sequence[object]]] = [
 
 @pytest.mark.parametrize(("status", "arguments"), FAILURES, ids=str)
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
-def test_a_failure_has_its_status_one_line_and_no_output(
+def test_a_failure_has_its_status_and_one_line_and_leaves_no_output(
     status: int,
     arguments: Sequence[object],
     run: Run,
@@ -429,7 +429,7 @@ def test_a_failure_has_its_status_one_line_and_no_output(
     assert not (tmp_path / "out").exists()
 
 
-def test_of_several_defects_the_first_is_told_and_the_others_counted(
+def test_the_first_of_several_defects_is_shown_and_the_others_are_counted(
     run: Run, adapter: Path
 ) -> None:
     fields({"r": "4", "bias": 1, "init_weights": 1})(adapter)
@@ -530,7 +530,7 @@ def test_an_empty_name_never_means_the_working_directory(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit addresses")
-def test_too_little_memory_to_import_numpy_is_said_with_status_3(adapter: Path) -> None:
+def test_too_little_memory_to_import_numpy_is_reported_with_status_3(adapter: Path) -> None:
     code = """
 import resource
 from vera_convert.__main__ import main
@@ -555,7 +555,7 @@ main()
         (RuntimeError("odd\x1b"), "bug in vera-convert"),
     ],
 )
-def test_what_nobody_foresaw_ends_in_one_line_too(
+def test_an_unexpected_exception_ends_in_one_line(
     error: Exception, said: str, run: Run, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -620,7 +620,7 @@ def test_the_module_runs_as_a_program(adapter: Path, tmp_path: Path) -> None:
     assert process("info", tmp_path / "gone", capture_output=True).returncode == 3
 
 
-def test_a_terminal_that_lacks_a_letter_gets_its_number(tmp_path: Path) -> None:
+def test_a_letter_that_the_terminal_lacks_is_printed_as_its_number(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "\u6a21\u578b", base_model_name_or_path="\u6a21/\u578b")
     ended = process(
         "info", folder, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"}
@@ -635,7 +635,7 @@ def test_a_terminal_that_lacks_a_letter_gets_its_number(tmp_path: Path) -> None:
     [(">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), (">/dev/full", 3), ("| true", 0)],
 )
 @pytest.mark.parametrize("failing", [False, True])
-def test_a_stdout_that_is_gone_does_not_change_what_was_done(
+def test_a_closed_stdout_does_not_change_the_output_folder(
     redirected: str, status: int, adapter: Path, tmp_path: Path, *, failing: bool
 ) -> None:
     if redirected == ">/dev/full" and (failing or not Path("/dev/full").exists()):
@@ -657,7 +657,7 @@ def test_a_stdout_that_is_gone_does_not_change_what_was_done(
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_an_interruption_leaves_nothing(
+def test_an_interruption_leaves_no_output(
     number: signal.Signals, status: int, adapter: Path, tmp_path: Path
 ) -> None:
     code = """

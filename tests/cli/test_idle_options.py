@@ -1,4 +1,4 @@
-"""Options without an effect are told; a base's folder is told apart from its parts."""
+"""Options without an effect are warned of; the folder of a base is not its subfolder."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ IDLE: tuple[tuple[str, str, str], ...] = (
     ("to-lora A OUT --base B", "--drop-head", "--drop-head"),
     ("to-lora A OUT --base B", "--rank 5", "--rank 5"),
 )
-"""Calls, each with an option that finds nothing to act on, and the place of the warning.
+"""Calls with an option that has no effect, each with the place of the warning.
 
 Permissions (such as --force), filters (--select), limits (--max-error), assertions about the base
-(--base-dtype) and choices between equal results (--projections) are never reported.
+(--base-dtype) and choices between equal results (--projections) are never warned of.
 """
 
 
 @pytest.mark.parametrize(("call", "option", "place"), IDLE)
-def test_an_option_that_finds_nothing_to_act_on_is_told(
+def test_an_option_without_an_effect_is_a_warning(
     call: str, option: str, place: str, run: Run, tmp_path: Path
 ) -> None:
     words = {"A": "adapter", "S": "stripped", "B": "base", "M": "merged", "T": "tree"}
@@ -72,13 +72,15 @@ def test_an_option_that_finds_nothing_to_act_on_is_told(
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """Return the bytes of the model's or adapter's own files; the records name the options."""
+    """Return the bytes of the model's or adapter's own files; records are left out: they name
+    options.
+    """
     files = [out] if out.is_file() else [*out.rglob("*config.json"), *out.rglob("*.safetensors")]
     return {file.name: without_header(file) for file in files}
 
 
 def without_header(file: Path) -> bytes:
-    """Return the bytes of a file; of a safetensors file, those of the tensors."""
+    """Return the bytes of a file; for a safetensors file, only the bytes of the tensors."""
     raw = file.read_bytes()
     return raw if file.suffix == ".json" else raw[8 + int.from_bytes(raw[:8], "little") :]
 
@@ -100,7 +102,7 @@ def remove(out: Path) -> None:
         "migrate T OUT --to asis --recursive --base-for example/tiny-llama=B",
     ],
 )
-def test_an_option_with_an_effect_or_that_agrees_is_no_warning(
+def test_an_option_with_an_effect_or_with_the_given_value_is_no_warning(
     call: str, run: Run, tmp_path: Path
 ) -> None:
     words = {"A": "adapter", "S": "stripped", "B": "base", "T": "tree"}
@@ -119,7 +121,7 @@ def test_a_key_map_that_matches_is_no_warning(run: Run, adapter: Path, base: Pat
 
 @pytest.mark.parametrize("key_map", ["model.layers=xyz", "=model", "model="])
 @pytest.mark.parametrize("command", ["info", "merge"])
-def test_a_key_map_to_other_names_is_told_if_the_names_fit_without(
+def test_a_key_map_is_a_warning_if_the_names_fit_without(
     command: str, key_map: str, run: Run, adapter: Path, base: Path
 ) -> None:
     out = [base.parent / "out"] if command == "merge" else []
@@ -140,7 +142,7 @@ def test_a_key_map_that_is_used_is_no_warning(run: Run, adapter: Path, tmp_path:
 
 
 @pytest.mark.parametrize(("version", "told"), [("9.9", True), ("0.21.2", False), ("0.13", False)])
-def test_a_version_of_peft_that_nobody_knows_is_told(
+def test_an_unknown_version_of_peft_is_a_warning(
     version: str, told: bool, run: Run, adapter: Path, tmp_path: Path
 ) -> None:
     ended = run("migrate", adapter, tmp_path / "out", "--to=asis", "--peft-version", version)
@@ -161,7 +163,9 @@ def test_a_model_in_a_subfolder_is_named(
     assert run("merge", adapter, tmp_path / "out", "--base", pipeline / "0_Transformer").status == 0
 
 
-def test_shards_of_a_variant_alone_are_called_so(run: Run, adapter: Path, tmp_path: Path) -> None:
+def test_a_folder_with_only_shards_of_a_variant_is_named(
+    run: Run, adapter: Path, tmp_path: Path
+) -> None:
     part = filled_base(tmp_path / "pipeline" / "transformer", shards=2)
     index = json.loads((part / INDEX).read_bytes())
     for name in {*index["weight_map"].values()}:
@@ -174,7 +178,7 @@ def test_shards_of_a_variant_alone_are_called_so(run: Run, adapter: Path, tmp_pa
     assert 'the variant "fp16"' in ended.err
 
 
-def test_swapped_arguments_are_told_before_a_missing_torch(
+def test_swapped_arguments_are_reported_before_a_missing_torch(
     run: Run, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_comparison, "find_spec", lambda _name: None)

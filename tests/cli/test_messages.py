@@ -1,4 +1,4 @@
-"""Messages that lead somewhere: each names the cause, the place, and what to do."""
+"""Each message names the cause, the place, and a remedy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vera_convert.verification import model_comparison
 
 HOST = "https://huggingface.co"
 KEY = 2**64
-"""The least key that torch refuses."""
+"""The smallest key that torch refuses."""
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ KEY = 2**64
         ("hf.co/org/name", RepoName("org/name")),
     ],
 )
-def test_the_address_of_a_page_is_a_repo(text: str, expected: RepoName) -> None:
+def test_the_address_of_a_page_is_read_as_its_repo(text: str, expected: RepoName) -> None:
     assert parse_repo_name(text, bare=False) == expected
 
 
@@ -98,13 +98,13 @@ def test_a_file_of_an_adapter_stands_for_its_folder_everywhere(
     assert run("info", base / "config.json").status == 2
 
 
-def test_a_backslash_in_a_repo_s_name_is_seen(run: Run) -> None:
+def test_a_backslash_in_a_repo_s_name_is_shown(run: Run) -> None:
     ended = run("info", "owner\\name")
     assert ended.status == 3
     assert "written with a slash: owner/name." in ended.err
 
 
-def test_a_question_needs_no_period(run: Run) -> None:
+def test_a_question_mark_is_not_followed_by_a_period(run: Run) -> None:
     ended = run("inof", "x")
     assert "Did you mean" in ended.err
     assert "?." not in ended.err
@@ -126,7 +126,7 @@ def test_count_refuses_the_revision_of_an_adapter(run: Run, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("revision", ["../../x", "/x", "a..b", "-x", "x.lock", "a b"])
-def test_a_revision_that_can_be_none_is_told(revision: str, tmp_path: Path) -> None:
+def test_an_impossible_revision_is_a_warning(revision: str, tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", revision=revision)
     codes = {finding.code for finding in validate(folder).findings}
     assert "V123" in codes
@@ -135,7 +135,7 @@ def test_a_revision_that_can_be_none_is_told(revision: str, tmp_path: Path) -> N
     assert "V123" not in {finding.code for finding in validate(fine).findings}
 
 
-def test_the_base_s_copy_of_a_head_is_not_trained(tmp_path: Path) -> None:
+def test_a_copy_of_the_base_s_head_is_not_listed_as_trained(tmp_path: Path) -> None:
     copy = {"base_model.model.lm_head.base_layer.weight": np.ones((32, 16), "f4")}
     head = {
         "base_model.model.lm_head.vera_lambda_b": np.ones(32, "f4"),
@@ -149,7 +149,7 @@ def test_the_base_s_copy_of_a_head_is_not_trained(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_link_that_leads_nowhere_is_called_one(name: str, tmp_path: Path, run: Run) -> None:
+def test_a_dead_link_is_called_a_link(name: str, tmp_path: Path, run: Run) -> None:
     folder = good_adapter(tmp_path / "deep" / "adapter")
     (folder / name).unlink()
     (folder / name).symlink_to("nowhere")
@@ -159,7 +159,7 @@ def test_a_link_that_leads_nowhere_is_called_one(name: str, tmp_path: Path, run:
     assert str(folder) in ended.err
 
 
-def test_an_adapter_in_several_files_is_called_so(tmp_path: Path, run: Run) -> None:
+def test_an_adapter_in_several_files_is_named(tmp_path: Path, run: Run) -> None:
     folder = good_adapter(tmp_path / "adapter")
     (folder / "adapter_model.safetensors").rename(
         folder / "adapter_model-00001-of-00002.safetensors"
@@ -171,7 +171,7 @@ def test_an_adapter_in_several_files_is_called_so(tmp_path: Path, run: Run) -> N
 
 
 @pytest.mark.parametrize("kind", ["model", "adapters_below"])
-def test_a_folder_is_named_in_full(kind: str, tmp_path: Path, run: Run) -> None:
+def test_a_folder_is_named_with_its_full_path(kind: str, tmp_path: Path, run: Run) -> None:
     folder = tmp_path / "deep" / "folder"
     if kind == "model":
         filled_base(folder)
@@ -199,7 +199,7 @@ def test_a_tensor_that_its_shard_lacks_is_named_with_the_shard(tmp_path: Path, r
 
 
 @pytest.mark.parametrize("path", ["experts.0.up_proj", "experts.up_projs.0"])
-def test_an_expert_of_a_stack_is_called_one(path: str, tmp_path: Path, run: Run) -> None:
+def test_an_expert_of_a_stack_is_called_an_expert(path: str, tmp_path: Path, run: Run) -> None:
     stack = {"model.layers.0.mlp.experts.gate_up_proj": (2, 16, 16)}
     base = filled_base(tmp_path / "base", tensors=stack)
     lambdas = {
@@ -218,7 +218,7 @@ FULL = Path("/dev/full")
 
 @pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
 @pytest.mark.parametrize("form", [[], ["--json"]])
-def test_a_full_stdout_is_told_with_what_became_of_out(form: list[str], tmp_path: Path) -> None:
+def test_a_full_stdout_is_reported_with_the_state_of_out(form: list[str], tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     command = [sys.executable, "-m", "vera_convert"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -248,7 +248,7 @@ def test_a_full_stdout_is_told_with_what_became_of_out(form: list[str], tmp_path
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_an_interrupted_merge_says_what_is_left_and_no_more(
+def test_an_interrupted_merge_names_only_the_kept_files(
     kept: bool, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: object, **__: object) -> None:
@@ -299,14 +299,14 @@ SIZES = ("--rank=4", "--in-features=4", "--out-features=4")
         ),
     ],
 )
-def test_a_wrong_value_is_named_with_the_right_ones(
+def test_a_wrong_value_is_named_with_the_right_values(
     words: list[str], says: str, run: Run, tmp_path: Path
 ) -> None:
     ended = run(*(word.replace("FOLDER", str(tmp_path)) for word in words))
     assert (ended.status, ended.err) == (2, f"error: {says.replace('FOLDER', str(tmp_path))}\n")
 
 
-def test_a_gpu_without_torch_is_told_with_the_option(
+def test_a_gpu_without_torch_is_reported_with_the_option(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [*sys.modules]:
@@ -325,7 +325,7 @@ def test_missing_packages_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == ["", "a", "a and b", "a, b and c"]
 
 
-def test_a_broken_base_leaves_further_checks_that_are_named(run: Run, tmp_path: Path) -> None:
+def test_checks_that_a_broken_base_prevents_are_named(run: Run, tmp_path: Path) -> None:
     adapter, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -335,7 +335,7 @@ def test_a_broken_base_leaves_further_checks_that_are_named(run: Run, tmp_path: 
 
 
 @pytest.mark.parametrize("command", ["strip", "to-lora"])
-def test_names_that_differ_in_case_alone_are_no_loss_on_a_disk_that_ignores_case(
+def test_names_that_differ_only_in_case_are_no_missing_files_on_a_disk_that_ignores_case(
     command: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")

@@ -34,7 +34,7 @@ def finding(code: str, folder: Path) -> Finding:
 # --- A and B -------------------------------------------------------------------------------------
 
 
-def test_a_pair_that_the_key_does_not_give_is_read_from_the_adapter(
+def test_a_and_b_that_differ_from_the_key_s_are_read_from_the_adapter(
     tmp_path: Path, run: Run
 ) -> None:
     folder = good_adapter(tmp_path / "adapter", projection_prng_key=8)
@@ -66,7 +66,7 @@ def test_a_tree_asks_for_the_base_by_the_name_in_the_config(
         assert run(*call, "--offline", "--base-for", f"{name}={base}").status == 0
 
 
-def test_sizes_take_the_place_of_a_base_that_is_not_named(tmp_path: Path, run: Run) -> None:
+def test_sizes_replace_a_missing_base(tmp_path: Path, run: Run) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True, base_model_name_or_path=None)
     ended = run("embed", folder, tmp_path / "out")
     sizes = "--in-features, --out-features and --base-dtype"
@@ -152,7 +152,7 @@ def test_an_adapter_that_is_merged_twice_is_named(form: str, tmp_path: Path, run
     assert all(np.allclose(merged[0][name], merged[1][name]) for name in merged[0])
 
 
-def test_other_a_and_b_make_another_delta(tmp_path: Path, run: Run) -> None:
+def test_an_adapter_with_other_a_and_b_is_not_the_same_adapter(tmp_path: Path, run: Run) -> None:
     folder, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
     A = {"base_model.vera_A": np.linspace(0, 1, 64, dtype="f4").reshape(4, 16)}
     other = good_adapter(tmp_path / "other", tensors=A)
@@ -178,10 +178,10 @@ def test_an_error_of_an_added_adapter_names_the_adapter(tmp_path: Path, run: Run
 
 
 @pytest.mark.parametrize("name", ["a", "adapter"])
-def test_an_added_adapter_is_named_whatever_its_name(
+def test_an_added_adapter_of_any_name_is_named(
     name: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name can be the beginning of a place, such as `adapter_config.json`."""
+    """The name can equal the beginning of a place, such as `adapter_config.json`."""
     monkeypatch.chdir(tmp_path)
     folder, base = good_adapter(tmp_path / "first"), filled_base(tmp_path / "base")
     good_adapter(tmp_path / name, peft_type="LORA")
@@ -197,7 +197,7 @@ def test_an_added_adapter_is_named_whatever_its_name(
         ("LlamaForTokenClassification", False),
     ],
 )
-def test_a_class_of_another_model_is_warned_of(
+def test_a_class_of_another_model_is_a_warning(
     given: str, is_strange: bool, tmp_path: Path, run: Run
 ) -> None:
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -238,7 +238,7 @@ def test_every_format_shows_the_remedy_of_the_case(tmp_path: Path, run: Run) -> 
 def test_out_is_below_the_home_folder_as_inputs_are(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shell leaves `--output=~/x` and `'~/x'` as they are; a folder named ~ is a trap."""
+    """A shell does not expand `--output=~/x` and `'~/x'`; a folder named ~ would be a trap."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
@@ -263,7 +263,7 @@ def test_every_command_replaces_an_empty_folder(command: str, tmp_path: Path, ru
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_a_system_folder_is_no_place_for_out(tmp_path: Path, run: Run) -> None:
+def test_an_out_in_a_system_folder_is_refused(tmp_path: Path, run: Run) -> None:
     ended = run("embed", good_adapter(tmp_path / "adapter"), "/proc/OUT")
     assert ended.status == 3
     assert ended.err.rstrip().endswith("Choose another OUT.")
@@ -325,9 +325,7 @@ def test_adapters_that_fail_alike_share_one_line_with_the_remedy(tmp_path: Path,
         (["validaet", "x"], "'validate'"),
     ],
 )
-def test_a_mistyped_word_leads_to_what_a_user_can_have_meant(
-    given: list[str], meant: str, run: Run
-) -> None:
+def test_a_mistyped_word_gets_the_nearest_words(given: list[str], meant: str, run: Run) -> None:
     ended = run(*given)
     assert ended.status == 2
     assert re.findall(r"Did you mean (.*)\?", ended.err) == [*filter(None, [meant])]
@@ -347,8 +345,8 @@ def test_a_file_that_may_not_be_read_has_a_remedy() -> None:
     assert str(unreadable("x", OSError(errno.EIO, "Input/output error"))).endswith("error.")
 
 
-def test_files_of_a_folder_without_an_adapter_are_no_files_to_remove(tmp_path: Path) -> None:
-    """A user who names the folder of a model by mistake must not delete the model."""
+def test_no_remedy_proposes_to_delete_the_files_of_a_model(tmp_path: Path) -> None:
+    """A user who passes the folder of a model by mistake must not delete the model."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.gguf").write_bytes(b"GGUF" + bytes(100))
     found = vera_convert.validate(tmp_path / "model").findings
@@ -392,7 +390,7 @@ def test_strip_does_not_advise_to_keep_damaged_values(tmp_path: Path, run: Run) 
 
 
 @pytest.mark.parametrize("text", ["hf://org/name", "https://huggingface.co/org/name"])
-def test_an_address_is_no_missing_folder(
+def test_an_address_is_not_called_a_missing_folder(
     text: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
@@ -418,7 +416,7 @@ def test_a_removed_field_needs_no_removal(tmp_path: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize("command", ["strip", "embed", "to-lora", "merge"])
-def test_arguments_in_the_wrong_order_are_told(command: str, tmp_path: Path, run: Run) -> None:
+def test_arguments_in_the_wrong_order_are_reported(command: str, tmp_path: Path, run: Run) -> None:
     folder = good_adapter(tmp_path / "adapter")
     ended = run(command, tmp_path / "new", folder)
     assert ended.status == 3

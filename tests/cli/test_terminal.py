@@ -1,4 +1,4 @@
-"""Help, completion, colors and widths, as a person at a terminal meets them."""
+"""Help, completion, colors and widths on a terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WITH_OPTIONS = [name for name in COMMANDS if name != "completion"]
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
 @pytest.mark.parametrize("command", [None, *COMMANDS])
-def test_help_fits_the_window_and_cuts_nothing(
+def test_help_fits_the_window_and_cuts_no_text(
     command: str | None, columns: int, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -79,7 +79,7 @@ def test_every_option_explains_itself(command: str) -> None:
         assert getattr(parameter, "help", "").endswith((".", "?"))
 
 
-# --- short options, and words that are mistyped --------------------------------------------------
+# --- short options and mistyped words ------------------------------------------------------------
 
 
 def test_the_usual_short_options_are_known(run: Run, tmp_path: Path) -> None:
@@ -108,18 +108,18 @@ def test_the_usual_short_options_are_known(run: Run, tmp_path: Path) -> None:
         (["count", "--rank", "4", "--revision", "main"], "--base-revision"),
     ],
 )
-def test_the_nearest_name_is_offered(words: list[str], near: str, run: Run) -> None:
+def test_the_nearest_name_is_proposed(words: list[str], near: str, run: Run) -> None:
     ended = run(*words)
     assert ended.status == 2
     assert re.search(rf"[Dd]id you mean '?{near}'?\?", ended.err), ended.err
 
 
-def test_nothing_is_offered_where_nothing_is_near(run: Run) -> None:
+def test_no_name_is_proposed_if_no_name_is_near(run: Run) -> None:
     assert "mean" not in run("migrate", "x", "y", "--to", "zzz").err
 
 
 @pytest.mark.parametrize("size", ["5GB", "5G", "0.5GB", "500mb", "1GiB"])
-def test_sizes_are_taken_as_people_write_them(size: str, run: Run) -> None:
+def test_sizes_can_have_units(size: str, run: Run) -> None:
     ended = run("merge", "./gone", "./out", "--max-shard-size", size)
     assert ended.status == 3
 
@@ -128,7 +128,7 @@ def test_sizes_are_taken_as_people_write_them(size: str, run: Run) -> None:
 
 
 def takers_of_text() -> list[tuple[str, str]]:
-    """Return every argument and every option with a value, by its command."""
+    """Return every argument and every option with a value, with the command."""
     return [
         (command, name_of(parameter))
         for command, made in COMMANDS.items()
@@ -233,7 +233,7 @@ echo "${COMPREPLY[@]}"
         ({"TERM": "dumb"}, True, False),
     ],
 )
-def test_color_is_for_terminals_and_for_those_who_ask(
+def test_color_is_used_on_terminals_and_on_request(
     environment: dict[str, str],
     is_terminal: bool,
     colored: bool,
@@ -278,7 +278,7 @@ def test_a_message_is_wrapped_to_the_window_and_is_one_line_elsewhere(
 
 
 @pytest.mark.parametrize("words", [["info"], ["validate"], ["validate", "--explain", "V"]])
-def test_a_text_that_is_no_terminal_s_is_not_wrapped(
+def test_text_is_wrapped_only_on_a_terminal(
     words: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words += [] if "--explain" in words else [str(good_adapter(tmp_path / "adapter", unknown=1))]
@@ -291,7 +291,7 @@ def test_a_text_that_is_no_terminal_s_is_not_wrapped(
     assert " ".join(piped.split()) == " ".join(shown.split())
 
 
-def test_a_wrapped_line_goes_on_below_its_value() -> None:
+def test_a_wrapped_line_continues_below_its_value() -> None:
     text = "label    one two three four five six\nshort    x\n         eight nine ten eleven twelve"
     assert fitted(text, 30).splitlines() == [
         "label    one two three four",

@@ -1,4 +1,4 @@
-"""The command `validate`: what it prints and writes, and how it ends."""
+"""The command `validate`: output, reports, and exit status."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SchemaErrors = Callable[..., list[str]]
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in a folder of its own, away from this project's settings and from a CI's."""
+    """Run in an empty folder, without this project's settings and without a CI's variables."""
     monkeypatch.chdir(tmp_path)
     for name in ("GITHUB_STEP_SUMMARY", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
@@ -37,7 +37,7 @@ def good() -> Path:
 
 @pytest.fixture
 def bad() -> Path:
-    """An adapter with a warning, a note, and two errors."""
+    """Write an adapter with a warning, a note, and two errors."""
     column = np.ones((OUTPUTS["q_proj"], 1), np.float32)
     name = "base_model.model.model.layers.{}.self_attn.q_proj.vera_lambda_b"
     columns = {name.format(layer): column for layer in range(2)}
@@ -55,7 +55,7 @@ def codes(ended: Ended) -> list[str]:
 # --- what it prints ------------------------------------------------------------------------------
 
 
-def test_a_good_adapter(run: Run, good: Path) -> None:
+def test_a_good_adapter_passes(run: Run, good: Path) -> None:
     ended = run("validate", good)
     assert (ended.status, ended.err) == (0, "")
     assert ended.out.startswith(
@@ -83,7 +83,9 @@ def test_a_file_stands_for_its_folder(name: str, run: Run, bad: Path) -> None:
     assert run("validate", bad / name).out == run("validate", bad).out
 
 
-def test_json(run: Run, good: Path, bad: Path, schema_errors: SchemaErrors) -> None:
+def test_the_option_json_prints_a_document(
+    run: Run, good: Path, bad: Path, schema_errors: SchemaErrors
+) -> None:
     ended = run("validate", good, bad, "--json")
     assert (ended.status, ended.err) == (1, "")
     assert schema_errors("validation", ended.document) == []
@@ -102,7 +104,7 @@ def test_formats_for_ci(run: Run, bad: Path) -> None:
     assert annotated.count("::error file=bad/adapter_model.safetensors,title=V218 ") == 2
 
 
-def test_quiet_prints_errors_and_warnings_alone(run: Run, good: Path, bad: Path) -> None:
+def test_quiet_prints_only_errors_and_warnings(run: Run, good: Path, bad: Path) -> None:
     ended = run("validate", bad, "--quiet")
     assert (ended.status, ended.out) == (1, "")
     lines = ended.err.splitlines()
@@ -112,7 +114,7 @@ def test_quiet_prints_errors_and_warnings_alone(run: Run, good: Path, bad: Path)
     assert codes(run("validate", bad, "--quiet", "--json")) == BAD_CODES
 
 
-def test_an_adapter_that_is_not_there(run: Run, good: Path, bad: Path) -> None:
+def test_a_missing_adapter_is_an_error(run: Run, good: Path, bad: Path) -> None:
     ended = run("validate", "./gone", good, "--json")
     assert ended.status == 3
     assert ended.err == "error: there is no folder ./gone.\n"
@@ -123,7 +125,7 @@ def test_an_adapter_that_is_not_there(run: Run, good: Path, bad: Path) -> None:
     assert run("validate", "./gone", bad).status == 1
 
 
-def test_color_is_for_terminals_that_want_it(
+def test_color_is_used_only_on_terminals_that_allow_color(
     run: Run, bad: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "\x1b" not in run("validate", bad).out
@@ -139,7 +141,7 @@ def test_color_is_for_terminals_that_want_it(
 
 
 @pytest.mark.parametrize(("columns", "width"), [("10", 40), ("80", 80), ("300", 100)])
-def test_a_text_is_as_wide_as_its_terminal_within_reason(
+def test_a_text_is_as_wide_as_its_terminal_within_limits(
     columns: str, width: int, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
@@ -183,7 +185,7 @@ def test_findings_are_chosen_by_code(
         ('select = ["V122"]', ["--select=V110"], ["V110"], 0),
     ],
 )
-def test_a_project_can_choose_too(
+def test_findings_are_chosen_by_the_project(
     settings: str, options: list[str], expected: list[str], run: Run, bad: Path, *, status: int
 ) -> None:
     text = f"[tool.vera-convert.validate]\n{settings}\n"
@@ -197,10 +199,12 @@ def test_a_project_can_choose_too(
 
 
 @pytest.mark.parametrize("form", ["text", "json", "sarif", "junit", "github"])
-def test_a_report_is_written_whatever_was_found(form: str, run: Run, good: Path, bad: Path) -> None:
+def test_a_report_is_written_with_and_without_errors(
+    form: str, run: Run, good: Path, bad: Path
+) -> None:
     printed = run("validate", good, bad, "--format", form).out
     before = {path.name for path in Path().iterdir()}
-    for _ in range(2):  # the second replaces the first
+    for _ in range(2):  # the second run replaces the first report
         ended = run("validate", good, bad, "--format", form, "--output", "report")
         assert ended.status == 1
         assert Path("report").read_text(encoding="utf-8") == printed
@@ -209,7 +213,7 @@ def test_a_report_is_written_whatever_was_found(form: str, run: Run, good: Path,
     assert {path.name for path in Path().iterdir()} == before | {"report"}
 
 
-def test_json_and_a_report_of_another_kind(run: Run, bad: Path) -> None:
+def test_json_on_stdout_and_a_report_in_another_format(run: Run, bad: Path) -> None:
     ended = run("validate", bad, "--json", "--format=sarif", "--output=report")
     assert codes(ended) == BAD_CODES
     assert json.loads(Path("report").read_text(encoding="utf-8"))["version"] == "2.1.0"
@@ -233,7 +237,7 @@ def test_a_report_may_lie_in_a_tree_that_is_searched(run: Run, bad: Path) -> Non
         ("good/adapter_config.json/report", 3, "is not a folder"),
     ],
 )
-def test_a_report_goes_nowhere_else(
+def test_a_report_never_replaces_other_files(
     out: str, said: str, run: Run, good: Path, bad: Path, *, status: int
 ) -> None:
     Path("link").symlink_to("good/adapter_config.json")
@@ -246,7 +250,7 @@ def test_a_report_goes_nowhere_else(
     assert good.is_dir()
 
 
-def test_a_summary_is_added_where_github_asks_for_one(
+def test_a_summary_is_appended_to_the_file_that_github_names(
     run: Run, bad: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary = Path("summary.md")
@@ -298,7 +302,7 @@ def test_rules_and_explanations(run: Run, schema_errors: SchemaErrors) -> None:
     ids=str,
 )
 @pytest.mark.usefixtures("good")
-def test_a_call_that_makes_no_sense(arguments: list[str], said: str, run: Run) -> None:
+def test_a_wrong_call_is_refused_in_one_line(arguments: list[str], said: str, run: Run) -> None:
     ended = run("validate", *arguments)
     assert ended.status == 2
     assert ended.out == "" or "--json" in arguments
@@ -307,7 +311,7 @@ def test_a_call_that_makes_no_sense(arguments: list[str], said: str, run: Run) -
     assert said in ended.err
 
 
-def test_a_project_that_says_nonsense_is_named(run: Run, good: Path) -> None:
+def test_a_wrong_setting_of_the_project_is_named(run: Run, good: Path) -> None:
     text = '[tool.vera-convert.validate]\nignore = ["V2180"]\n'
     Path("pyproject.toml").write_text(text, encoding="utf-8")
     ended = run("validate", good)
@@ -335,7 +339,7 @@ def test_hostile_names_reach_no_terminal(form: str, run: Run) -> None:
 # --- the library ---------------------------------------------------------------------------------
 
 
-def test_the_function_does_the_same(run: Run, bad: Path) -> None:
+def test_the_function_gives_the_result_of_the_command(run: Run, bad: Path) -> None:
     result = vera_convert.validate([bad], ignore=["V122"])
     assert isinstance(result, vera_convert.Validation)
     assert isinstance(result.adapters[0], vera_convert.Checked)

@@ -1,4 +1,4 @@
-"""`vera-convert verify` as users and their scripts hold us to it."""
+"""`vera-convert verify`, as users and their scripts rely on the command."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def model(tmp_path: Path, adapter: Path, base: Path) -> Path:
     return tmp_path / "merged"
 
 
-def test_help_lists_the_options_of_the_contract(run: Run) -> None:
+def test_help_lists_the_promised_options(run: Run) -> None:
     ended = run("--help")
     assert (ended.status, ended.err) == (0, "")
     for option in OPTIONS:
         assert re.search(rf"^ +(-\w, )?{option}\b", ended.out, re.MULTILINE), option
 
 
-def test_a_merge_that_holds(run: Run, adapter: Path, base: Path, model: Path) -> None:
+def test_a_right_merge_passes(run: Run, adapter: Path, base: Path, model: Path) -> None:
     before = bytes_by_name(model.parent)
     ended = run(adapter, "--merged", model, "--base", base, "--layers-only")
     assert (ended.status, ended.err) == (0, "")
@@ -70,7 +70,7 @@ def test_a_merge_that_holds(run: Run, adapter: Path, base: Path, model: Path) ->
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_a_merge_that_does_not_hold(
+def test_a_wrong_merge_fails(
     run: Run,
     adapter: Path,
     base: Path,
@@ -133,7 +133,7 @@ def test_adapters_that_were_added_are_given_again(
     assert run(*call, "--add", named).status == 0
 
 
-def test_a_missing_provenance_is_warned_of(
+def test_a_missing_provenance_is_a_warning(
     run: Run, adapter: Path, base: Path, model: Path
 ) -> None:
     (model / PROVENANCE).unlink()
@@ -176,7 +176,7 @@ def test_a_failure_has_its_status_and_one_line(
     assert ended.err.count("\n") == 1
 
 
-def test_without_torch_weights_alone_are_compared(
+def test_without_torch_only_weights_are_compared(
     run: Run, adapter: Path, base: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_comparison, "find_spec", lambda _name: None)
@@ -187,7 +187,7 @@ def test_without_torch_weights_alone_are_compared(
     assert run(adapter, "--merged", model, "--base", base, "--layers-only").status == 0
 
 
-def test_the_layers_are_shown_where_the_model_cannot_be_run(
+def test_the_layers_are_shown_if_the_model_cannot_be_run(
     run: Run, adapter: Path, base: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unfit(*_: object, **__: object) -> None:
@@ -216,7 +216,7 @@ def test_defects_of_the_merged_model_do_not_lead_to_the_adapter(
     assert ended.err.endswith("(and 1 more: --json lists all)\n")
 
 
-def test_an_interruption_says_nothing_of_an_output_where_there_is_none(
+def test_an_interruption_without_an_output_does_not_mention_an_output(
     run: Run, adapter: Path, base: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: object, **__: object) -> None:

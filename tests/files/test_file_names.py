@@ -1,4 +1,4 @@
-"""Names from strangers: a name that could lead out of its folder is refused."""
+"""File names of other people: a name that could lead out of the folder is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vera_convert.files.file_names import clean_name, is_pickle
 @pytest.mark.parametrize(
     "name", ["a", "a/b.safetensors", "...", "a..b/..c", "~", "con ", "ä/é", "-"]
 )
-def test_plain_names_stay(name: str) -> None:
+def test_plain_names_are_accepted(name: str) -> None:
     assert clean_name(name, place="index") == PurePosixPath(name)
 
 
@@ -29,12 +29,12 @@ def test_plain_names_stay(name: str) -> None:
         *["a\0", "a\nb", "\x1b[2J", "a\x7f", "a\x85", "\udc80"],
     ],
 )
-def test_names_that_could_lead_anywhere_else_are_refused(name: str) -> None:
+def test_names_that_could_lead_out_of_the_folder_are_refused(name: str) -> None:
     assert codes(lambda: clean_name(name, place="index")) == ["V005"]
 
 
 @given(st.text())
-def test_a_clean_name_is_below_its_folder_on_every_system(name: str) -> None:
+def test_an_accepted_name_stays_in_its_folder_on_every_system(name: str) -> None:
     try:
         path = clean_name(name, place="index")
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""JSON text with members set or removed, and not one byte changed beside."""
+"""Set or remove members in JSON text without a change to any other byte."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def test_a_member_is_set_wherever_it_is(
     assert edited_member(TEXT, path, value) == TEXT.replace(old, new)
 
 
-def test_an_object_that_is_not_there_is_not_made() -> None:
+def test_a_missing_object_is_not_created() -> None:
     with pytest.raises(KeyError):
         edited_member(TEXT, ("absent", "x"), 1)

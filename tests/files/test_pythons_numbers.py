@@ -1,4 +1,4 @@
-"""transformers and PEFT write JSON as Python does: such a config is read, and copied untouched."""
+"""NaN and Infinity in JSON of transformers and PEFT: the file is read, and copied unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INFINITIES = ("Infinity", "-Infinity", "NaN", "1e400", '{"__float__": "Infinity"
 
 
 def with_number(path: Path, number: str) -> bytes:
-    """Write a number's very text into a config, at its top, in a list and in a part."""
+    """Write a number's text into a config: at the top level, in a list, and in a nested config."""
     content = path.read_bytes().lstrip()
     more = f'{{"limit": {number}, "limits": [0.0, {number}], "part": {{"inner": {number}}}, '
     path.write_bytes(more.encode() + content[1:])
@@ -25,7 +25,7 @@ def with_number(path: Path, number: str) -> bytes:
 
 
 @pytest.mark.parametrize("number", INFINITIES)
-def test_a_base_with_such_a_number_is_merged_and_its_config_is_copied(
+def test_a_base_with_nan_or_infinity_is_merged_and_its_config_is_copied(
     number: str, tmp_path: Path, run: Run
 ) -> None:
     adapter, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
@@ -40,7 +40,7 @@ def test_a_base_with_such_a_number_is_merged_and_its_config_is_copied(
 
 @pytest.mark.parametrize("number", INFINITIES)
 @pytest.mark.parametrize("command", ["info", "validate", "strip", "embed", "migrate"])
-def test_a_base_with_such_a_number_serves_every_command(
+def test_every_command_takes_a_base_with_nan_or_infinity(
     command: str, number: str, tmp_path: Path, run: Run
 ) -> None:
     adapter, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
@@ -51,7 +51,9 @@ def test_a_base_with_such_a_number_serves_every_command(
     assert ended.status == 0, ended.err
 
 
-def test_another_dtype_changes_nothing_else_of_such_a_config(tmp_path: Path) -> None:
+def test_another_dtype_changes_no_other_field_of_a_config_with_nan_or_infinity(
+    tmp_path: Path,
+) -> None:
     adapter, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
     (base / "config.json").write_text('{"torch_dtype": "float32", "model_type": "llama"}')
     text = with_number(base / "config.json", "Infinity")
@@ -60,7 +62,7 @@ def test_another_dtype_changes_nothing_else_of_such_a_config(tmp_path: Path) -> 
     assert (tmp_path / "out/config.json").read_bytes() == changed
 
 
-def test_an_index_and_a_tokenizer_may_hold_such_a_number(tmp_path: Path) -> None:
+def test_an_index_and_a_tokenizer_may_hold_nan_or_infinity(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     base = filled_base(tmp_path / "base", shards=2)
     index = base / "model.safetensors.index.json"
@@ -81,7 +83,7 @@ def test_an_index_and_a_tokenizer_may_hold_such_a_number(tmp_path: Path) -> None
         ("x", "9" * 4_300),
     ],
 )
-def test_an_adapters_config_may_hold_what_peft_loads(
+def test_an_adapter_s_config_may_hold_the_numbers_that_peft_loads(
     field: str, number: str, tmp_path: Path, run: Run
 ) -> None:
     adapter, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
@@ -107,7 +109,7 @@ def test_an_object_that_only_looks_like_a_float_stays_an_object(text: str) -> No
     assert parse_config_file(content, place="config.json") == json.loads(content)
 
 
-def test_layers_are_counted_from_a_config_with_such_a_number(tmp_path: Path, run: Run) -> None:
+def test_layers_are_counted_from_a_config_with_nan_or_infinity(tmp_path: Path, run: Run) -> None:
     config = tmp_path / "config.json"
     fields = '"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 9'
     heads = '"num_attention_heads": 2, "num_key_value_heads": 1, "rope_theta": Infinity'
@@ -119,7 +121,7 @@ def test_layers_are_counted_from_a_config_with_such_a_number(tmp_path: Path, run
     assert "hidden_size" in ended.err
 
 
-def test_a_tokenizer_that_is_taken_from_the_adapter_may_hold_such_a_number(tmp_path: Path) -> None:
+def test_a_tokenizer_of_the_adapter_may_hold_nan_or_infinity(tmp_path: Path) -> None:
     adapter, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (adapter / name).write_text('{"model_max_length": Infinity, "pad_token_id": NaN}')

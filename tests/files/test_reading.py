@@ -28,7 +28,7 @@ def letters(tmp_path: Path) -> Path:
     return path
 
 
-def test_reads_the_bytes_of_a_range(letters: Path) -> None:
+def test_a_range_of_bytes_is_read(letters: Path) -> None:
     with open_local(letters) as file:
         assert (file.size, file.place) == (10, str(letters))
         assert file.read_at(3, 4) == b"defg"
@@ -40,7 +40,7 @@ def test_reads_the_bytes_of_a_range(letters: Path) -> None:
         file.check_unchanged()
 
 
-def test_reads_in_pieces_where_the_system_reads_little(
+def test_a_range_is_read_in_pieces_if_the_system_returns_few_bytes(
     letters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_LARGEST_READ", 3)
@@ -48,7 +48,7 @@ def test_reads_in_pieces_where_the_system_reads_little(
         assert file.read_at(1, 8) == b"bcdefghi"
 
 
-def test_reads_where_there_is_no_positioned_read(
+def test_a_range_is_read_on_systems_without_positioned_reads(
     letters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(os, "preadv", raising=False)
@@ -101,7 +101,7 @@ def test_a_file_that_is_replaced_is_noticed(letters: Path) -> None:
             file.check_unchanged()
 
 
-def test_closes_once_and_when_it_is_let_go(letters: Path) -> None:
+def test_a_file_is_closed_once_and_when_it_is_deleted(letters: Path) -> None:
     file = open_local(letters)
     descriptor = file._fd
     del file
@@ -116,7 +116,7 @@ def test_closes_once_and_when_it_is_let_go(letters: Path) -> None:
 
 
 def codes_in_time(call: Callable[[], object]) -> list[str]:
-    """The codes that a call refuses with; empty if it still blocks after ten seconds."""
+    """Return the codes of a refusal; fail if the call still blocks after ten seconds."""
     found: list[str] = []
     calling = threading.Thread(target=lambda: found.extend(codes(call)), daemon=True)
     calling.start()
@@ -133,7 +133,7 @@ def test_a_pipe_never_blocks(tmp_path: Path, *, within: bool) -> None:
 
 
 @posix
-def test_a_pipe_put_in_the_files_place_never_blocks(
+def test_a_pipe_that_replaces_the_file_never_blocks(
     letters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = letters.stat()
@@ -147,12 +147,12 @@ def test_a_pipe_put_in_the_files_place_never_blocks(
 @pytest.mark.parametrize(
     ("path", "kind"), [("/dev/zero", "is a device"), ("/", "is a folder")], ids=["device", "folder"]
 )
-def test_what_is_not_a_file_is_named(path: str, kind: str) -> None:
+def test_a_path_that_is_no_file_is_refused_with_its_kind(path: str, kind: str) -> None:
     with pytest.raises(CheckpointError, match=kind):
         open_local(Path(path))
 
 
-def test_a_missing_file_is_the_surroundings_fault(tmp_path: Path) -> None:
+def test_a_missing_file_is_no_fault_of_the_checkpoint(tmp_path: Path) -> None:
     missing = tmp_path / "no" / "file"
     with pytest.raises(SurroundingsError, match="there is no such file"):
         open_local(missing)
@@ -167,7 +167,7 @@ def test_a_file_in_place_of_a_folder_is_missing(letters: Path) -> None:
 
 @posix
 @pytest.mark.parametrize("target", ["gone\x1b", "link\x1b"])
-def test_a_link_to_nowhere_says_where_it_leads(tmp_path: Path, target: str) -> None:
+def test_the_refusal_of_a_dead_link_names_the_target(tmp_path: Path, target: str) -> None:
     (tmp_path / "link\x1b").symlink_to(target)
     for within in (None, tmp_path):
         with pytest.raises(SurroundingsError, match=r"a link to (gone|link)\\x1b, which leads now"):
@@ -175,13 +175,13 @@ def test_a_link_to_nowhere_says_where_it_leads(tmp_path: Path, target: str) -> N
 
 
 @pytest.mark.parametrize("path", ["a\0b", "\ud800"])
-def test_what_is_no_path_at_all_is_refused(tmp_path: Path, path: str) -> None:
+def test_an_impossible_path_is_refused(tmp_path: Path, path: str) -> None:
     with pytest.raises(SurroundingsError):
         open_local(tmp_path / path)
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
-def test_an_error_of_the_system_is_the_surroundings_fault(
+def test_an_error_of_the_system_is_no_fault_of_the_checkpoint(
     letters: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def fail(*_: object, **__: object) -> int:
@@ -200,7 +200,7 @@ def test_an_error_of_the_system_is_the_surroundings_fault(
         open_local(letters)
 
 
-def test_the_limit_is_the_most_bytes(letters: Path) -> None:
+def test_a_file_with_more_bytes_than_the_limit_is_refused(letters: Path) -> None:
     open_local(letters, limit=10).close()
     assert codes(lambda: open_local(letters, limit=9)) == ["V003"]
 
@@ -231,11 +231,11 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, target: str) -
     (folder / "out").symlink_to("..")
     (folder / "link").symlink_to(target.format(tmp_path))
     assert codes(lambda: open_local(folder / "link", within=folder)) == ["V002"]
-    with open_local(folder / "link") as file:  # whoever names no folder means the target
+    with open_local(folder / "link") as file:  # a caller that names no folder asks for the target
         assert file.size == 1
 
 
-def test_a_folder_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:
+def test_a_folder_whose_name_begins_with_the_folder_s_name_is_outside(tmp_path: Path) -> None:
     for name in ("folder", "folder-2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_bytes(b"x")
@@ -247,7 +247,7 @@ XET = "ab" + "0" * 62
 
 
 def cached(root: Path, *, absolute: bool = False, shared: bool = False) -> Path:
-    """A Hub cache with one repo: file ``sub/file`` in its snapshot; returns the snapshot."""
+    """Write a Hub cache with the file ``sub/file`` in a snapshot, and return the snapshot."""
     repo = root / "hub" / "models--org--name"
     blob = repo / "blobs" / "e7a9"
     snapshot = repo / "snapshots" / "0123abcd"
@@ -268,7 +268,9 @@ def cached(root: Path, *, absolute: bool = False, shared: bool = False) -> Path:
 @posix
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_hubs_cache_keeps_working(tmp_path: Path, *, absolute: bool, shared: bool) -> None:
+def test_files_in_the_cache_of_the_hub_are_opened(
+    tmp_path: Path, *, absolute: bool, shared: bool
+) -> None:
     snapshot = cached(tmp_path, absolute=absolute, shared=shared)
     (tmp_path / "adapter").symlink_to(snapshot / "sub")
     (tmp_path / "moved").symlink_to(tmp_path / "hub")
@@ -292,7 +294,7 @@ def test_the_hubs_cache_keeps_working(tmp_path: Path, *, absolute: bool, shared:
         "hub/secret",
     ],
 )
-def test_the_cache_is_no_way_to_anything_but_the_repos_blobs(tmp_path: Path, target: str) -> None:
+def test_a_link_in_the_cache_may_lead_only_to_the_repo_s_blobs(tmp_path: Path, target: str) -> None:
     snapshot = cached(tmp_path)
     path = tmp_path / target
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,7 +305,7 @@ def test_the_cache_is_no_way_to_anything_but_the_repos_blobs(tmp_path: Path, tar
 
 @posix
 @pytest.mark.parametrize("link", ["models--org--name/blobs", "blobs"])
-def test_a_cache_whose_blobs_are_a_link_is_none(tmp_path: Path, link: str) -> None:
+def test_a_folder_whose_blobs_are_a_link_is_no_cache(tmp_path: Path, link: str) -> None:
     snapshot = cached(tmp_path, shared=link == "blobs")
     blobs = tmp_path / "hub" / link
     blobs.rename(tmp_path / "elsewhere")

@@ -22,7 +22,7 @@ MISTRAL_INDEX = "consolidated.safetensors.index.json"
     [
         (["config.json", "model.safetensors"], ("", None, "model.safetensors")),
         ([INDEX, "model-1.safetensors"], ("", INDEX, None)),
-        # R39: the index rules over what was left beside it.
+        # R39: the index has precedence over other weight files.
         ([INDEX, "model.safetensors", "consolidated.safetensors"], ("", INDEX, None)),
         (["model.safetensors", "model.fp16.safetensors"], ("", None, "model.safetensors")),
         ([f"{DIFFUSION}.safetensors"], ("", None, f"{DIFFUSION}.safetensors")),
@@ -84,7 +84,9 @@ def test_the_weights_are_found(names: list[str], expected: tuple[str, str, str])
         (["model_index.json", "unet/a.bin"], "V501"),
     ],
 )
-def test_what_holds_no_weights_is_told_apart(names: list[str], reason: str) -> None:
+def test_the_refusal_of_a_folder_without_weights_names_the_reason(
+    names: list[str], reason: str
+) -> None:
     with pytest.raises(CheckpointError, match=reason):
         find_weights(names, place="base")
 
@@ -129,7 +131,7 @@ def test_every_missing_shard_is_named() -> None:
     ]
 
 
-def test_strays_are_what_a_loader_could_take() -> None:
+def test_other_weight_files_that_a_loader_could_take_are_strays() -> None:
     names = [
         "model.safetensors",
         "model.fp16.safetensors",
@@ -148,7 +150,7 @@ def test_strays_are_what_a_loader_could_take() -> None:
     )
 
 
-def test_strays_of_a_component_lie_in_its_folder_or_the_root() -> None:
+def test_strays_of_a_component_are_in_its_folder_or_the_root() -> None:
     names = ["flux.safetensors", "vae/a.safetensors", "unet/a.safetensors", "unet/b.safetensors"]
     names += ["unet/config.json", "model_index.json"]
     weights = WeightFiles("unet/", None, "unet/a.safetensors")

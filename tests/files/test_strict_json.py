@@ -1,4 +1,4 @@
-"""Strict JSON: whatever two readers could understand in two ways is refused."""
+"""Strict JSON: any text that two readers could understand differently is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VALUES = st.recursive(
 
 @given(VALUES, st.booleans())
 @settings(max_examples=40)
-def test_what_json_writes_is_read_back(value: object, ascii_only: bool) -> None:
+def test_the_json_of_python_is_read_back(value: object, ascii_only: bool) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only)
     assert parse(text) == value
     assert type(parse(text)) is type(value)
@@ -50,7 +50,7 @@ def test_what_json_writes_is_read_back(value: object, ascii_only: bool) -> None:
         (" \t\r\n1 ", 1),
     ],
 )
-def test_what_only_looks_odd_is_read(text: str, value: object) -> None:
+def test_unusual_but_valid_json_is_read(text: str, value: object) -> None:
     assert parse(text) == value
 
 
@@ -83,7 +83,7 @@ def test_what_only_looks_odd_is_read(text: str, value: object) -> None:
         (b'"\xed\xa0\x80"', "V020"),
     ],
 )
-def test_what_readers_disagree_on_is_refused(text: str | bytes, code: str) -> None:
+def test_text_that_readers_understand_differently_is_refused(text: str | bytes, code: str) -> None:
     assert codes(lambda: parse(text)) == [code]
 
 
@@ -106,12 +106,12 @@ def test_a_config_may_hold_the_numbers_of_pythons_json(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["9" * 4_301, "-" + "9" * 4_301, "0." + "1" * 5_000])
-def test_a_number_that_takes_python_long_is_refused_even_there(text: str) -> None:
+def test_a_number_that_python_reads_slowly_is_refused_in_a_config_too(text: str) -> None:
     found = codes(lambda: parse_json(text.encode(), place="config.json", pythons_numbers=True))
     assert found == ["V026"]
 
 
-def test_what_else_is_refused_is_refused_with_pythons_numbers_too() -> None:
+def test_other_invalid_json_is_refused_in_a_config_too() -> None:
     for text, code in {'{"a": NaN, "a": NaN}': "V023", "[" * 65: "V025", "nan": "V022"}.items():
         act = partial(parse_json, text.encode(), place="config.json", pythons_numbers=True)
         assert codes(act) == [code]
@@ -123,7 +123,7 @@ def test_a_config_with_nan_equals_itself_read_again() -> None:
     assert first == second
 
 
-def test_an_error_says_where() -> None:
+def test_an_error_names_line_and_column() -> None:
     with pytest.raises(CheckpointError, match=r"file\.json: line 2, column 8: Expecting ',' delim"):
         parse('{\n"a": 1 "b": 2}')
     with pytest.raises(CheckpointError, match=r"byte 2 \(0xFF\)"):
@@ -132,14 +132,14 @@ def test_an_error_says_where() -> None:
         parse('{"a": 1, "b\u202e": 2, "b\u202e": 3}')
 
 
-def test_every_duplicate_is_found_at_once_up_to_fifty() -> None:
+def test_up_to_fifty_duplicates_are_reported_together() -> None:
     twice = '{"a": 1, "a": 1}'
     assert codes(lambda: parse(f"[{twice}, {twice}]")) == ["V023"] * 2
     assert codes(lambda: parse(f"[{','.join([twice] * 100)}]")) == ["V023"] * 50
 
 
 @pytest.mark.parametrize("depth_of_python", [False, True])
-def test_depth_does_not_depend_on_the_stack(*, depth_of_python: bool) -> None:
+def test_the_limit_of_depth_does_not_depend_on_the_stack(*, depth_of_python: bool) -> None:
     text = "[" * 64 + "]" * 64
     limit = sys.getrecursionlimit()
     try:
@@ -151,7 +151,7 @@ def test_depth_does_not_depend_on_the_stack(*, depth_of_python: bool) -> None:
         sys.setrecursionlimit(limit)
 
 
-def test_a_file_of_json_comes_with_its_bytes(tmp_path: Path) -> None:
+def test_a_json_file_is_returned_with_its_bytes(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(b'{"r": 4}\n')
     with open_local(path) as file:
@@ -162,7 +162,7 @@ def test_a_file_of_json_comes_with_its_bytes(tmp_path: Path) -> None:
             read_json(file, limit=9)
 
 
-def test_an_empty_file_of_json_is_named_as_such(tmp_path: Path) -> None:
+def test_an_empty_json_file_is_called_empty(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     with open_local(tmp_path / "config.json") as file:
         assert codes(lambda: read_json(file, limit=9)) == ["V004"]

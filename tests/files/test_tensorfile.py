@@ -39,11 +39,11 @@ from vera_convert.files.tensorfile import (
 from vera_convert.rules import CONFIG_MISSING, WEIGHTS_MISSING
 
 library: Any = safetensors
-"""The safetensors library, whose functions carry no types."""
+"""The safetensors library, whose functions have no types."""
 
 
 class Memory:
-    """A file in memory that counts how it is read, as one on the Hub would be."""
+    """A file in memory that records each read, as a file on the Hub would."""
 
     place = "remote.safetensors"
 
@@ -65,7 +65,7 @@ class Memory:
 
 
 def packed(text: bytes | str | Mapping[str, Any], data: bytes = b"") -> bytes:
-    """A safetensors file of this header, exactly as it is given."""
+    """Return the bytes of a safetensors file with this header, unchanged."""
     if isinstance(text, Mapping):
         text = json.dumps(text)
     raw = text if isinstance(text, bytes) else text.encode()
@@ -73,7 +73,7 @@ def packed(text: bytes | str | Mapping[str, Any], data: bytes = b"") -> bytes:
 
 
 def codes(data: bytes) -> list[str]:
-    """The codes that a file is refused with; empty if it is read."""
+    """Return the codes with which a file is refused; empty if the file is read."""
     try:
         read_header(Memory(data))
     except CheckpointError as error:
@@ -93,7 +93,7 @@ def library_refuses(data: bytes) -> bool:
 
 
 def known_to_the_library() -> list[str]:
-    """The dtypes of the installed version; they grew from one to the next."""
+    """Return the dtypes that the installed version of the library knows."""
     return [
         dtype
         for dtype, bits in BITS.items()
@@ -138,7 +138,7 @@ ODD_NAMES = ["a", "b", "vera_A", "ä\U0001f600", '"\\\n', "", "layers.0"]
 
 
 def random_document(rng: Random, names: Sequence[str] = ODD_NAMES) -> tuple[dict[str, Any], int]:
-    """A sound header with up to six tensors in any order, and the size of its data."""
+    """Return a valid header with up to six tensors in any order, and the size of the data."""
     document: dict[str, Any] = {}
     size = 0
     for name in rng.sample(names, rng.randrange(7)):
@@ -173,7 +173,7 @@ def change_somewhere(rng: Random, document: dict[str, Any]) -> None:
 
 
 def change_text(rng: Random, data: bytes) -> bytes:
-    """Change single bytes of the file, or cut out, or repeat a piece of it."""
+    """Change single bytes of the file, or cut out or repeat a piece."""
     place, length = rng.randrange(len(data)), rng.choice([1, 1, 2, 30])
     piece = rng.choice(
         [b"", bytes([rng.randrange(256)]), data[place : place + length] * 2, b'"', b","]
@@ -182,7 +182,7 @@ def change_text(rng: Random, data: bytes) -> bytes:
     return packed(changed[8:]) if rng.random() < 0.5 else changed
 
 
-def test_whatever_the_library_refuses_is_refused() -> None:
+def test_every_file_that_the_library_refuses_is_refused() -> None:
     rng = Random(0)
     kept, refused = 0, 0
     for _ in range(2_000):
@@ -199,11 +199,11 @@ def test_whatever_the_library_refuses_is_refused() -> None:
             refused += 1
         elif not codes(data):
             kept += 1
-    assert kept > 300  # neither side of the comparison is empty
+    assert kept > 300  # both kinds of files must occur
     assert refused > 300
 
 
-def test_what_it_reads_it_reads_as_the_library_does() -> None:
+def test_a_file_is_read_as_the_library_reads_the_file() -> None:
     rng = Random(1)
     for _ in range(500):
         document, size = random_document(rng)
@@ -218,14 +218,14 @@ def test_what_it_reads_it_reads_as_the_library_does() -> None:
             assert b"".join(map(bytes, found.blocks(name, 3))) == expected[name]["data"]
 
 
-def test_the_quick_way_through_plain_entries_changes_nothing(
+def test_the_fast_path_for_plain_entries_gives_the_same_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rng = Random(2)
     quick = 0
     for _ in range(1_000):
         document, size = random_document(rng, PLAIN_NAMES)
-        document = dict(sorted(document.items()))  # metadata first
+        document = dict(sorted(document.items()))  # the metadata come first
         for _ in range(rng.choice([0, 0, 1])):
             change_somewhere(rng, document)
         data = packed(rng.choice(FORMS)(document), bytes(size))
@@ -248,7 +248,7 @@ def outcome(data: bytes) -> object:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_order_of_dtypes_is_the_librarys(dtype: str) -> None:
+def test_the_order_of_dtypes_equals_the_library_s(dtype: str) -> None:
     pairs = [(dtype, other) for other in NUMPY_DTYPE if dtype in NUMPY_DTYPE and other in DTYPES]
     for pair in pairs:
         tensors = {
@@ -258,7 +258,7 @@ def test_the_order_of_dtypes_is_the_librarys(dtype: str) -> None:
         assert save(tensors) == header_bytes(written, {}) + bytes(sum(t.nbytes for t in written))
 
 
-def test_a_file_is_written_with_the_librarys_very_bytes(tmp_path: Path) -> None:
+def test_a_written_file_has_the_bytes_of_the_library_s(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     kinds = [kind for name, kind in NUMPY_DTYPE.items() if name in DTYPES]
     names = [
@@ -354,7 +354,7 @@ def test_several_metadata_keys_are_sorted() -> None:
         {"dtype": "BF16", "shape": [1] * 32, "data_offsets": [0, 2]},
     ],
 )
-def test_what_is_unusual_but_sound_is_read(entry: dict[str, Any]) -> None:
+def test_an_unusual_but_valid_header_is_read(entry: dict[str, Any]) -> None:
     data = packed({"a\x1b[31m": entry}, bytes(entry["data_offsets"][1]))
     (info,) = read_header(Memory(data)).tensors.values()
     assert (info.name, info.dtype, [*info.shape]) == ("a\x1b[31m", entry["dtype"], entry["shape"])
@@ -365,7 +365,7 @@ def test_a_file_without_tensors_is_read() -> None:
     assert (found.tensors, found.metadata, found.data_start) == ({}, {}, 14)
 
 
-def test_a_header_costs_one_read_or_two() -> None:
+def test_a_header_takes_one_read_or_two() -> None:
     small = Memory(packed({"a": {"dtype": "U8", "shape": [9], "data_offsets": [0, 9]}}, bytes(9)))
     read_header(small)
     assert small.reads == [(0, small.size)]
@@ -375,7 +375,7 @@ def test_a_header_costs_one_read_or_two() -> None:
     assert large.reads == [(0, 32_768), (32_768, large.size - 32_768)]
 
 
-def test_a_claim_is_held_against_the_file_before_it_is_followed() -> None:
+def test_a_claimed_length_is_compared_with_the_file_before_any_further_read() -> None:
     for length in (2**64 - 1, 2**63, 99_999_999, 3):
         file = Memory(length.to_bytes(8, "little") + b"{}")
         with pytest.raises(CheckpointError):
@@ -383,7 +383,7 @@ def test_a_claim_is_held_against_the_file_before_it_is_followed() -> None:
         assert file.reads == [(0, 10)]
 
 
-def test_every_defect_is_found_at_once_and_says_where() -> None:
+def test_all_defects_are_reported_together_with_their_places() -> None:
     document = {
         "__metadata__": {"epoch": 1},
         "a": None,
@@ -428,7 +428,7 @@ def test_many_entries_take_no_quadratic_time() -> None:
             for i in range(count)
         }
         file = Memory(packed(form(document), bytes(16 * count)))
-        gc.disable()  # a collection would visit every object of the tests before
+        gc.disable()  # a garbage collection would visit every object of earlier tests
         try:
             start = time.process_time()
             assert len(read_header(file).tensors) == count
@@ -436,9 +436,9 @@ def test_many_entries_take_no_quadratic_time() -> None:
         finally:
             gc.enable()
 
-    for form in FORMS[1:3]:  # the quick way and the slow one
+    for form in FORMS[1:3]:  # the fast path and the slow path
         few, many = (min(seconds(count, form) for _ in range(3)) for count in (2_000, 20_000))
-        assert many < 40 * few  # quadratic: 100 times
+        assert many < 40 * few  # quadratic time would be 100 times longer
 
 
 # --- reading tensors -----------------------------------------------------------------------------
@@ -484,7 +484,7 @@ def test_bfloat16_keeps_its_bits(tmp_path: Path) -> None:
         )
 
 
-def test_a_tensor_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_an_error(tmp_path: Path) -> None:
     save_file({"a": np.zeros((5, 3))}, tmp_path / "file")
     with open_local(tmp_path / "file") as source, pytest.raises(KeyError):
         from_file(TensorFile(source), "c")
@@ -499,7 +499,7 @@ def test_empty_tensors_have_no_bytes_to_read(tmp_path: Path, shape: tuple[int, .
         assert [*file.blocks("a")] == []
 
 
-def test_packed_values_pass_through_but_are_not_read(tmp_path: Path) -> None:
+def test_packed_values_are_copied_but_not_decoded(tmp_path: Path) -> None:
     header = {"a": {"dtype": "F4", "shape": [2, 3], "data_offsets": [0, 3]}}
     (tmp_path / "file").write_bytes(packed(header, b"abc"))
     with open_local(tmp_path / "file") as source:
@@ -537,7 +537,7 @@ def test_arrays_are_stored_in_c_order_little_endian(tmp_path: Path) -> None:
         np.testing.assert_array_equal(load_file(tmp_path / f"{number}")["a"], array)
 
 
-def test_a_dtype_to_store_casts_the_values() -> None:
+def test_values_are_cast_to_the_dtype_to_store() -> None:
     tensor = from_array("a", np.array([[1.0, 1 / 3]]), "BF16")
     assert (tensor.dtype, tensor.shape, tensor.nbytes) == ("BF16", (1, 2), 4)
     expected = np.array([[1.0, 1 / 3]]).astype(ml_dtypes.bfloat16)
@@ -545,7 +545,9 @@ def test_a_dtype_to_store_casts_the_values() -> None:
 
 
 @pytest.mark.parametrize("given", [b"1234567", b"123456789", b""])
-def test_a_tensor_must_give_its_bytes(tmp_path: Path, given: bytes) -> None:
+def test_a_tensor_that_gives_another_number_of_bytes_is_refused(
+    tmp_path: Path, given: bytes
+) -> None:
     tensor = TensorData("a", "F32", (2,), lambda: iter((given,)))
     with pytest.raises(ValueError, match=f"a gave {len(given)} of 8 bytes"):
         write_tensors(tmp_path / "file", [tensor], {})
@@ -561,7 +563,7 @@ def test_names_are_unique_and_files_new(tmp_path: Path) -> None:
     assert (tmp_path / "old").read_bytes() == b"kept"
 
 
-def test_the_library_opens_what_is_written(tmp_path: Path) -> None:
+def test_the_library_opens_a_written_file(tmp_path: Path) -> None:
     tensors = dict(samples())
     data = [from_array(name, array) for name, array in tensors.items()]
     write_tensors(tmp_path / "file", data, {"format": "pt", "vera_convert.projection": "{}"})
@@ -575,7 +577,7 @@ def test_the_library_opens_what_is_written(tmp_path: Path) -> None:
 
 
 def read_all(folder: Path) -> list[str]:
-    """The codes that config and weights of an adapter are refused with, by the readers alone."""
+    """Return the codes with which the readers refuse the config and the weights of an adapter."""
     found: list[str] = []
     try:
         config = folder / "adapter_config.json"
@@ -606,7 +608,7 @@ def test_good_adapters_are_read(tmp_path: Path) -> None:
 
 
 OF_FOLDERS = ("V007", "V014", "V015", "V016", "V017", "V018", "V008", "V019")
-"""What is told of files together, not when one of them is read."""
+"""Codes about several files, which no reader of a single file reports."""
 
 OF_FILES = [
     case
@@ -616,7 +618,7 @@ OF_FILES = [
 
 
 @pytest.mark.parametrize("case", OF_FILES, ids=lambda case: case.name)
-def test_a_spoiled_adapter_is_refused_for_what_is_wrong(tmp_path: Path, case: Defect) -> None:
+def test_a_spoiled_adapter_is_refused_for_its_defect(tmp_path: Path, case: Defect) -> None:
     folder = good_adapter(tmp_path / "adapter")
     case.spoil(folder)
     start = time.process_time()

@@ -1,4 +1,4 @@
-"""The value_ranges of many tensors at once are those of each by itself."""
+"""The value ranges of many tensors, read together, equal those of each tensor."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SPECIAL = st.sampled_from([0.0, -0.0, 1.0, -2.5, math.inf, -math.inf, math.nan, 
 
 
 @given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(SPECIAL, max_size=5)), max_size=8))
-def test_the_ranges_of_many_tensors_are_those_of_each(
+def test_ranges_of_many_tensors_equal_those_of_each_tensor(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[Any, list[float]]]
 ) -> None:
     tensors = {f"t{n}": np.array(values).astype(dtype) for n, (dtype, values) in enumerate(drawn)}
@@ -56,7 +56,7 @@ def test_the_ranges_of_many_tensors_are_those_of_each(
         assert same(found[name], expected(array)), name
 
 
-def test_a_tensor_of_many_spans_is_looked_at_to_its_end(
+def test_a_tensor_of_many_spans_is_read_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SPAN", 64)
@@ -67,5 +67,5 @@ def test_a_tensor_of_many_spans_is_looked_at_to_its_end(
     assert of(tmp_path / "other", {"t": array})["t"] == ValueRange(8.0, is_constant=False)
 
 
-def test_other_types_are_passed_over(tmp_path: Path) -> None:
+def test_tensors_of_other_dtypes_are_skipped(tmp_path: Path) -> None:
     assert of(tmp_path / "file", {"i": np.ones(3, np.int32), "b": np.ones(2, np.bool_)}) == {}

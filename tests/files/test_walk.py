@@ -1,4 +1,4 @@
-"""A walk lists files in one way everywhere: links and hidden names follow one rule."""
+"""A walk through a folder has one rule for links and hidden names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vera_convert.files.walk import DEEPEST, file_sizes, files_and_links, walk
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A folder with files, subfolders and hidden names."""
+    """Make a folder with files, subfolders and hidden names."""
     root = tmp_path / "tree"
     for name in ("b/two.txt", "a/one.txt", "a/.hidden/three.txt", ".git/config", "top.txt"):
         path = root / name
@@ -65,7 +65,7 @@ def test_links_to_files_count_as_files_and_links_to_folders_are_not_entered(tree
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
-def test_the_name_of_a_weight_file_is_listed_whatever_has_the_name(tree: Path) -> None:
+def test_the_name_of_a_weight_file_is_listed_even_if_it_is_no_file(tree: Path) -> None:
     os.mkfifo(tree / "a.safetensors")
     (tree / "b.safetensors").mkdir()
     (tree / "c.safetensors").symlink_to("missing")
@@ -78,7 +78,7 @@ def test_the_name_of_a_weight_file_is_listed_whatever_has_the_name(tree: Path) -
     ]
 
 
-def test_a_subfolder_below_the_limit_of_depth_is_an_error_that_may_be_collected(
+def test_a_subfolder_that_is_too_deep_is_an_error_that_a_caller_can_collect(
     tmp_path: Path,
 ) -> None:
     deepest = tmp_path.joinpath(*["d"] * DEEPEST)
@@ -102,6 +102,6 @@ def test_a_folder_that_cannot_be_listed_is_named(tree: Path) -> None:
     (tree / "a").chmod(0o700)
 
 
-def test_a_root_that_is_not_there_is_always_an_error(tmp_path: Path) -> None:
+def test_a_missing_root_is_always_an_error(tmp_path: Path) -> None:
     with pytest.raises(SurroundingsError, match=r"none cannot be read: No such file"):
         [*walk(tmp_path / "none", failed={})]

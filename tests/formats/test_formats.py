@@ -43,7 +43,7 @@ RANDOM = np.random.default_rng(1).normal(size=(4, 16)).astype(np.float32)
 
 
 def as_printed(document: object) -> Any:
-    """What a program reads of a document: strict JSON."""
+    """Return a document as programs read the document: as strict JSON."""
     return json.loads(json.dumps(document, allow_nan=False))
 
 
@@ -70,7 +70,7 @@ SPOILERS = {
 @pytest.mark.parametrize("spoil", SPOILERS.values(), ids=SPOILERS)
 @pytest.mark.parametrize("with_base", [False, True])
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
-def test_what_an_adapter_is(
+def test_the_document_of_info(
     spoil: Callable[[Path], None], tmp_path: Path, schema_errors: SchemaErrors, *, with_base: bool
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
@@ -86,14 +86,14 @@ def test_what_an_adapter_is(
 
 
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("*/*/adapter_config.json"))[::5], ids=str)
-def test_what_the_adapters_of_peft_are(path: Path, schema_errors: SchemaErrors) -> None:
+def test_the_documents_of_info_on_adapters_of_peft(path: Path, schema_errors: SchemaErrors) -> None:
     expected = json.loads((path.parent / "expected.json").read_bytes())
     for options in (None, BaseOptions(str(FIXTURES / expected["base"]))):
         found = info(path.parent, base=options)
         assert schema_errors("info", as_printed(result_document(found))) == []
 
 
-def test_info_for_a_person() -> None:
+def test_the_text_of_info() -> None:
     folder = FIXTURES / "0.21.2" / "llama_bf16_proj"
     base = FIXTURES / "bases" / "llama-bf16"
     found = info(folder, base=BaseOptions(str(base)))
@@ -148,7 +148,9 @@ size                   5,416 bytes
         ),
     ],
 )
-def test_the_text_of_info_says(spoil: Callable[[Path], None], said: str, tmp_path: Path) -> None:
+def test_the_text_of_info_contains(
+    spoil: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
     folder = good_adapter(tmp_path / "adapter")
     spoil(folder)
     assert said in info_text(info(folder))
@@ -168,7 +170,7 @@ def conversions(tmp_path: Path) -> Iterator[tuple[str, Conversion]]:
     yield "embed", embed(folder, tmp_path / "again", base=base)
 
 
-def test_what_a_conversion_did(tmp_path: Path, schema_errors: SchemaErrors) -> None:
+def test_the_report_of_a_conversion(tmp_path: Path, schema_errors: SchemaErrors) -> None:
     texts = []
     for command, done in conversions(tmp_path):
         document = as_printed(result_document(done, command=command))
@@ -188,7 +190,7 @@ def test_what_a_conversion_did(tmp_path: Path, schema_errors: SchemaErrors) -> N
     assert "nothing: the adapter is embedded already, and was copied" in again
 
 
-def test_a_renaming_that_was_needed_is_named(tmp_path: Path, schema_errors: SchemaErrors) -> None:
+def test_the_report_names_a_needed_renaming(tmp_path: Path, schema_errors: SchemaErrors) -> None:
     folder = good_adapter(tmp_path / "adapter")
     tensors(lambda s: {n.replace("model.model.layers", "model.layers"): a for n, a in s.items()})(
         folder
@@ -200,7 +202,7 @@ def test_a_renaming_that_was_needed_is_named(tmp_path: Path, schema_errors: Sche
     assert schema_errors("conversion", document) == []
 
 
-def test_what_became_of_a_tree(tmp_path: Path, schema_errors: SchemaErrors) -> None:
+def test_the_report_of_a_tree(tmp_path: Path, schema_errors: SchemaErrors) -> None:
     good_adapter(tmp_path / "tree" / "one")
     good_adapter(tmp_path / "tree" / "\u202e")
     good_adapter(tmp_path / "tree" / "bad\u2028", r=0)
@@ -215,7 +217,9 @@ def test_what_became_of_a_tree(tmp_path: Path, schema_errors: SchemaErrors) -> N
     assert "NOT MIGRATED (V104)" in lines[2]
 
 
-def test_a_tree_of_bad_ones_wrote_nothing(tmp_path: Path, schema_errors: SchemaErrors) -> None:
+def test_the_report_of_a_tree_without_good_adapters(
+    tmp_path: Path, schema_errors: SchemaErrors
+) -> None:
     good_adapter(tmp_path / "tree" / "bad", r=0)
     result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
     assert tree_text(result).endswith("wrote 0 of 1 adapters, so nothing")
@@ -229,7 +233,7 @@ def test_a_tree_of_bad_ones_wrote_nothing(tmp_path: Path, schema_errors: SchemaE
 
 @pytest.mark.parametrize("variant", Variant)
 @pytest.mark.parametrize("rounding", [Rounding.NONE, Rounding.BF16, Rounding.FP16])
-def test_what_was_drawn(
+def test_the_report_of_regenerate(
     variant: Variant, rounding: Rounding, tmp_path: Path, schema_errors: SchemaErrors
 ) -> None:
     if variant.dtype.itemsize == 2 and rounding is not Rounding.NONE:
@@ -252,7 +256,7 @@ def test_what_was_drawn(
 
 
 @pytest.mark.parametrize("targets", [[], ["q_proj", "mlp.down_proj"], ["all-linear"], ["lm_head"]])
-def test_what_an_adapter_would_come_to(targets: list[str], schema_errors: SchemaErrors) -> None:
+def test_the_report_of_count(targets: list[str], schema_errors: SchemaErrors) -> None:
     access = HubAccess()
     for model in (
         layers_of_config_file(DATA / "configs" / "llama-3.2-3b.json"),
@@ -272,7 +276,7 @@ def test_the_published_figures_are_printed() -> None:
     assert "6,821,968" in text
 
 
-def test_why_a_command_failed(tmp_path: Path, schema_errors: SchemaErrors) -> None:
+def test_the_document_of_an_error(tmp_path: Path, schema_errors: SchemaErrors) -> None:
     for error in (UsageError("a"), SurroundingsError("b")):
         document = as_printed(result_document(error))
         assert schema_errors("error", document) == []
@@ -286,7 +290,7 @@ def test_why_a_command_failed(tmp_path: Path, schema_errors: SchemaErrors) -> No
     assert document["error"].startswith("V103 ")
 
 
-def test_every_rule_can_be_told_in_a_document(schema_errors: SchemaErrors) -> None:
+def test_every_rule_can_stand_in_a_document(schema_errors: SchemaErrors) -> None:
     for rule in CATALOG.values():
         error = CheckpointError(rule.at("place", "reason."))
         assert schema_errors("error", as_printed(result_document(error))) == []
@@ -316,7 +320,7 @@ def test_shared_definitions_are_the_same_in_every_schema() -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_schema_is_strict(name: str, schema_errors: SchemaErrors) -> None:
-    """A missing field, an unknown one and one of another type are all refused."""
+    """A schema refuses a missing field, an unknown field, and a field of another type."""
     assert schema_errors(name, {})
     assert schema_errors(name, [])
     required = load_schema(name)["required"]
@@ -326,7 +330,7 @@ def test_a_schema_is_strict(name: str, schema_errors: SchemaErrors) -> None:
     assert any("'more'" in error for error in errors)
 
 
-def test_a_document_that_was_changed_satisfies_no_schema(
+def test_a_changed_document_violates_the_schema(
     tmp_path: Path, schema_errors: SchemaErrors
 ) -> None:
     document = as_printed(result_document(info(good_adapter(tmp_path / "adapter"))))

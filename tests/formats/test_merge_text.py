@@ -54,7 +54,7 @@ def test_the_schema_is_strict(schema_errors: SchemaErrors) -> None:
     assert schema_errors("merge", {"format": 2})
 
 
-def test_a_merge_for_a_person(fixtures: Path, tmp_path: Path) -> None:
+def test_the_text_of_a_merge(fixtures: Path, tmp_path: Path) -> None:
     text = merge_text(merged(fixtures, "llama_fp32_proj", tmp_path / "out"))
     rows = [line.strip().split("  ")[0] for line in text.splitlines()]
     assert rows == [
@@ -75,7 +75,7 @@ def test_a_merge_for_a_person(fixtures: Path, tmp_path: Path) -> None:
     assert "8 layers of rank 4" in text
 
 
-def test_a_plan_for_a_person(fixtures: Path, tmp_path: Path) -> None:
+def test_the_text_of_a_dry_run(fixtures: Path, tmp_path: Path) -> None:
     text = merge_text(merged(fixtures, "llama_bf16_noproj", tmp_path / "out", dry_run=True))
     assert text.startswith("would write")
     assert "model.safetensors" in text

@@ -1,4 +1,4 @@
-"""A validation and the catalog, in every format: true, complete, and safe with hostile texts."""
+"""A validation and the catalog in every format: complete, and safe with hostile texts."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def sarif_run(result: Validation) -> Any:
 
 # --- every format --------------------------------------------------------------------------------
 
-# A format is added here with a function that reads the codes of a report, or a test below fails.
+# To add a format, add a function that reads the codes of a report; otherwise a test below fails.
 CODES_OF: dict[str, Callable[[str], set[str]]] = {
     "text": lambda report: {*re.findall(r"(?m)^  (?:error|warning|note) +(V\d{3})  ", report)},
     "json": lambda report: {
@@ -117,12 +117,12 @@ CODES_OF: dict[str, Callable[[str], set[str]]] = {
         *re.findall(r"^::(?:error|warning|notice) .*?(V\d{3}) ", report, re.MULTILINE)
     },
 }
-"""How the codes of the findings are read from a report in each format."""
+"""A function for each format that reads the codes of the findings from a report."""
 
 
 @every_call
 @pytest.mark.parametrize("form", RENDERERS)
-def test_a_report_in_every_format_tells_the_codes_of_all_findings(
+def test_a_report_in_every_format_holds_the_codes_of_all_findings(
     form: str, result: Validation
 ) -> None:
     expected = {finding.code for finding in result.findings}
@@ -139,14 +139,14 @@ def test_every_format_of_the_command_line_has_a_renderer_and_a_reader() -> None:
 # --- text ----------------------------------------------------------------------------------------
 
 
-def test_a_good_adapter_for_a_person() -> None:
+def test_the_text_of_a_good_adapter() -> None:
     assert validation_text(CALLS["good"]) == (
         "runs/good: good\n"
         "  A and B      embedded: the float32-fused draw of key 7 for r = 4, 16 inputs, 16 outputs"
     )
 
 
-def test_many_adapters_for_a_person() -> None:
+def test_the_text_of_many_adapters() -> None:
     assert validation_text(CALLS["many"], width=80) == (
         """\
 runs/bad: 3 errors, 1 note
@@ -190,7 +190,7 @@ Not checked: values: --deep fetches them (1 of them)
     )
 
 
-def test_a_window_that_is_too_narrow_for_the_table_shows_the_values_below_each_adapter() -> None:
+def test_a_narrow_window_shows_the_values_below_each_adapter() -> None:
     table = "result            A and B                         bytes read  adapter\n"
     assert table in validation_text(CALLS["many"])
     assert table in validation_text(CALLS["many"], width=95)
@@ -199,7 +199,7 @@ def test_a_window_that_is_too_narrow_for_the_table_shows_the_values_below_each_a
     assert "org/name@0123456789abcdef\n  good; 12,345 bytes read\n" in text
 
 
-def test_one_adapter_tells_all_that_is_known_of_it() -> None:
+def test_the_text_of_a_single_adapter_has_further_lines() -> None:
     text = validation_text(CALLS["remote"])
     assert "read         12,345 bytes of the repo" in text
     assert text.splitlines()[-2:] == [
@@ -209,13 +209,13 @@ def test_one_adapter_tells_all_that_is_known_of_it() -> None:
     assert "base         org/base@main" in validation_text(Validation((WARNED,)))
 
 
-def test_a_warning_that_fails_the_call_is_said_to() -> None:
+def test_the_text_says_that_a_warning_fails_the_call() -> None:
     assert "(each warning fails this call)" in validation_text(CALLS["strict"])
     assert "fails this call" not in validation_text(Validation((GOOD, WARNED)))
 
 
 @every_call
-def test_color_changes_nothing_else(result: Validation) -> None:
+def test_color_does_not_change_the_text(result: Validation) -> None:
     plain, colored = validation_text(result), validation_text(result, color=True)
     assert "\x1b" not in plain
     assert re.sub(r"\x1b\[[0-9;]*m", "", colored) == plain
@@ -224,14 +224,14 @@ def test_color_changes_nothing_else(result: Validation) -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 100])
 @every_call
-def test_lines_are_no_wider_than_asked_for(result: Validation, width: int) -> None:
+def test_lines_are_not_wider_than_the_given_width(result: Validation, width: int) -> None:
     text = validation_text(result, width=width)
     assert all(line == line.rstrip() for line in text.splitlines())
     blocks = re.sub(r"(?ms)^result .*?\n\n|^\d+ adapters?: .*", "", text)
     assert all(len(line) <= width for line in blocks.splitlines() if "`" not in line)
 
 
-def test_a_command_stays_whole() -> None:
+def test_a_command_is_not_wrapped() -> None:
     (line,) = [line for line in wrapped(PICKLE_ONLY.remedy, 60) if "python -c" in line]
     assert line.startswith('python -c "import torch;')
     assert line.endswith("metadata={'format': 'pt'})\"")
@@ -290,7 +290,7 @@ def test_the_schema_of_the_log_is_strict() -> None:
     assert [*Draft202012Validator(SARIF).iter_errors(document)]
 
 
-def test_what_could_not_be_read_is_a_notification() -> None:
+def test_an_adapter_that_could_not_be_read_is_a_notification() -> None:
     (invocation,) = sarif_run(CALLS["many"])["invocations"]
     assert not invocation["executionSuccessful"]
     assert invocation["exitCode"] == 1
@@ -330,7 +330,7 @@ def test_a_finding_lies_in_a_file_of_the_adapter(path: str | None, finding: Any,
     assert told["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == uri
 
 
-def test_a_hash_outlives_a_commit_and_a_number_but_no_place() -> None:
+def test_the_hash_depends_on_repo_and_place_but_not_on_commit_and_numbers() -> None:
     def hashed(label: str, place: str, reason: str) -> str:
         checked = Checked(label, None, (LAMBDA_COLUMN.at(place, reason),))
         (told,) = sarif_run(Validation((checked,)))["results"]
@@ -360,7 +360,7 @@ def junit(result: Validation) -> ET.Element:
 
 
 @every_call
-def test_the_suites_add_up(result: Validation) -> None:
+def test_the_counts_of_the_suites_are_sums(result: Validation) -> None:
     root = junit(result)
     suites = root.findall("testsuite")
     assert [suite.get("name") for suite in suites] == [each.label for each in result.adapters]
@@ -431,7 +431,9 @@ def test_an_annotation_names_file_code_reason_and_remedy() -> None:
 
 
 def cells(line: str) -> list[str]:
-    """The cells of a row of a table, as GitHub splits it: at each pipe without a backslash."""
+    """Return the cells of a row of a table, split as GitHub does: at each pipe without a
+    backslash.
+    """
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
@@ -444,7 +446,7 @@ def test_the_summary_is_made_of_tables(result: Validation) -> None:
     assert all(f"| {finding.code} |" in text for finding in result.findings)
 
 
-def test_a_summary_is_not_endless() -> None:
+def test_a_long_summary_is_cut() -> None:
     findings = tuple(LAMBDA_COLUMN.at(f"x{number}", "odd.") for number in range(600))
     text = job_summary(Validation((Checked("a", "a", findings),)))
     assert text.count("V218") == 500
@@ -473,9 +475,10 @@ HOSTILE = [
 
 
 def hostile(text: str) -> Validation:
-    """A validation with this text wherever a stranger's can be: texts are printable by contract.
+    """A validation with this text in each place that can hold another person's text.
 
-    But for the path, which is the name of a folder as it is, if there can be one.
+    The texts are made printable, as the records require. The path is the name of a folder, which is
+    not escaped.
     """
     shown, path = printable(text), re.sub("[/\0\ud800-\udfff]", "", text)
     checked = Checked(
@@ -494,7 +497,7 @@ def hostile(text: str) -> Validation:
 
 
 class Markup(HTMLParser):
-    """Every tag and comment of a page, and its text."""
+    """The tags, the comments and the text of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -544,7 +547,7 @@ class TestHostileTexts:
         for line in lines:
             assert line.startswith("::")
             assert line.isprintable()
-        # As the runner does it: properties end at the first two colons after the command's name.
+        # The runner ends the properties at the first two colons after the command's name.
         message = lines[2].split("::", 2)[2]
         assert message.replace("%0D", "\r").replace("%0A", "\n").replace("%25", "%") == (
             f"{printable(text)}: {printable(text)} is odd. {LAMBDA_COLUMN.remedy}"
@@ -598,8 +601,8 @@ since     0.1.0"""
     )
 
 
-def test_the_page_of_the_rules_is_that_of_the_catalog() -> None:
-    """If this fails, `make docs` writes the page anew."""
+def test_the_page_of_the_rules_agrees_with_the_catalog() -> None:
+    """If this test fails, run `make docs`, which writes the page."""
     page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
     assert page == rules_page()
     assert [*re.findall(r"^### (V\d{3})$", page, re.MULTILINE)] == [*CATALOG]

@@ -52,19 +52,19 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
+    """Enter an empty working directory."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
 
 
-# --- what an argument means ----------------------------------------------------------------------
+# --- the meaning of an argument ------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("text", ["org/name", "gpt2", "org/name@main", "./x", "~x", "a b"])
-def test_a_path_that_exists_wins(text: str, inside: Path, access: HubAccess) -> None:
+def test_an_existing_path_takes_precedence(text: str, inside: Path, access: HubAccess) -> None:
     (inside / text).mkdir(parents=True)
     for kind in ("adapter", "base"):
         location = locate(text, kind=kind, access=access)
@@ -75,7 +75,9 @@ def test_a_path_that_exists_wins(text: str, inside: Path, access: HubAccess) -> 
 @pytest.mark.parametrize(
     "text", ["./name", "../org/name", "/org/name", "~/name", "~nobody/x", "C:/models", "org\\name"]
 )
-def test_what_looks_like_a_path_is_never_sent_to_the_hub(text: str, access: HubAccess) -> None:
+def test_a_name_that_looks_like_a_path_is_never_sent_to_the_hub(
+    text: str, access: HubAccess
+) -> None:
     for kind in ("adapter", "base"):
         with pytest.raises(SurroundingsError, match="there is no folder"):
             locate(text, kind=kind, access=access)
@@ -94,7 +96,7 @@ def test_a_bare_name_is_a_path_for_an_adapter(access: HubAccess) -> None:
     "text",
     ["", "a\0b", "org/name//", "a/b/../c", "https://x.y/a/b", "hf://datasets/a/b", "x" * 5000],
 )
-def test_what_is_malformed_is_a_usage_error(text: str, access: HubAccess) -> None:
+def test_a_malformed_name_is_a_usage_error(text: str, access: HubAccess) -> None:
     with pytest.raises(UsageError):
         locate(text, kind="base", access=access)
 
@@ -145,7 +147,7 @@ def test_a_bare_name_may_be_a_base(server: HubServer, access: HubAccess) -> None
 
 
 @pytest.mark.usefixtures("no_network", "inside")
-def test_two_revisions_clash(access: HubAccess) -> None:
+def test_two_revisions_are_refused(access: HubAccess) -> None:
     with pytest.raises(UsageError, match="two revisions"):
         locate("org/name@v1", kind="adapter", access=access, revision="v2")
     with pytest.raises(UsageError, match="impossible name of a revision"):
@@ -156,7 +158,7 @@ def test_two_revisions_clash(access: HubAccess) -> None:
 
 
 @pytest.mark.usefixtures("inside")
-def test_refusals_say_what_to_do(server: HubServer, access: HubAccess) -> None:
+def test_refusals_name_a_remedy(server: HubServer, access: HubAccess) -> None:
     server.add("org/name", ADAPTER)
     with pytest.raises(
         SurroundingsError, match=r"no such repo, or the repo is private.*hf auth login"
@@ -185,7 +187,7 @@ def test_a_gated_repo_is_named(server: HubServer, access: HubAccess) -> None:
 
 
 @pytest.mark.usefixtures("inside", "server")
-def test_no_answer_is_the_surroundings_fault(
+def test_a_hub_without_an_answer_is_no_fault_of_the_checkpoint(
     access: HubAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as taken:
@@ -224,7 +226,9 @@ def test_a_malformed_token_is_refused_without_being_shown() -> None:
 
 
 @pytest.mark.usefixtures("inside")
-def test_the_token_stays_on_the_hub(server: HubServer, tmp_path: Path) -> None:
+def test_the_token_is_not_sent_to_the_server_of_the_files(
+    server: HubServer, tmp_path: Path
+) -> None:
     access = HubAccess(token=SECRET, cache_dir=tmp_path / "cache")
     server.add("org/name", ADAPTER, token=SECRET)
     with HubServer() as storage:
@@ -257,7 +261,7 @@ def test_a_file_is_read_by_range_at_its_commit(server: HubServer, access: HubAcc
 
 
 @pytest.mark.usefixtures("inside")
-def test_a_hub_without_ranges_is_read_too(server: HubServer, access: HubAccess) -> None:
+def test_a_hub_without_ranges_is_read(server: HubServer, access: HubAccess) -> None:
     server.ranges = False
     server.add("org/name", {"x": b"head" + bytes(30_000_000)})
     location = locate("org/name", kind="base", access=access)
@@ -279,7 +283,7 @@ def test_another_commit_than_asked_for_is_refused(server: HubServer, access: Hub
 
 
 @pytest.mark.usefixtures("inside")
-def test_an_adapter_is_fetched_with_what_lies_beside_it(
+def test_an_adapter_is_fetched_with_its_small_side_files(
     server: HubServer, access: HubAccess
 ) -> None:
     server.add("org/name", ADAPTER)
@@ -304,7 +308,9 @@ def test_an_adapter_is_fetched_with_what_lies_beside_it(
 
 
 @pytest.mark.usefixtures("inside")
-def test_an_adapter_in_a_subfolder_is_fetched_alone(server: HubServer, access: HubAccess) -> None:
+def test_of_a_repo_only_the_adapter_s_subfolder_is_fetched(
+    server: HubServer, access: HubAccess
+) -> None:
     server.add("org/name", ADAPTER)
     location = locate("org/name/checkpoint-1", kind="adapter", access=access)
     fetched = fetch_adapter(location, access)
@@ -347,7 +353,7 @@ def test_the_tokenizer_of_a_large_vocabulary_is_fetched(
 
 
 @pytest.mark.usefixtures("inside")
-def test_a_file_of_unknown_size_is_not_taken_for_small(
+def test_a_file_of_unknown_size_does_not_count_as_small(
     server: HubServer, access: HubAccess
 ) -> None:
     server.sizes = False
@@ -360,7 +366,7 @@ def test_a_file_of_unknown_size_is_not_taken_for_small(
 
 
 @pytest.mark.usefixtures("inside")
-def test_a_repo_that_moves_while_it_is_fetched_is_read_at_the_commit_that_was_found(
+def test_a_repo_that_gets_a_new_commit_meanwhile_is_read_at_the_first_commit(
     server: HubServer, access: HubAccess
 ) -> None:
     server.add("org/name", ADAPTER)
@@ -371,7 +377,7 @@ def test_a_repo_that_moves_while_it_is_fetched_is_read_at_the_commit_that_was_fo
 
 
 @pytest.mark.usefixtures("inside")
-def test_a_base_is_fetched_as_far_as_it_is_needed(server: HubServer, access: HubAccess) -> None:
+def test_only_the_named_files_of_a_base_are_fetched(server: HubServer, access: HubAccess) -> None:
     server.add("gpt2", {"config.json": b"{}", "a/model.safetensors": b"1", "model.bin": b"2"})
     location = locate("gpt2", kind="base", access=access)
     fetched = fetch_base(location, access, names={"config.json", "a/model.safetensors"})
@@ -417,7 +423,7 @@ def test_offline_the_cache_serves_without_a_socket(
 
 
 @pytest.mark.usefixtures("inside")
-def test_a_cached_file_is_not_asked_for_again(server: HubServer, access: HubAccess) -> None:
+def test_a_cached_file_is_not_requested_again(server: HubServer, access: HubAccess) -> None:
     server.add("org/name", ADAPTER)
     location = locate("org/name", kind="adapter", access=access)
     fetch_adapter(location, access)
@@ -428,7 +434,7 @@ def test_a_cached_file_is_not_asked_for_again(server: HubServer, access: HubAcce
 
 
 @pytest.mark.usefixtures("inside")
-def test_what_is_cached_serves_when_the_hub_is_out_of_reach(
+def test_cached_files_are_used_if_the_hub_is_out_of_reach(
     server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = server.add("org/name", ADAPTER)
@@ -494,7 +500,7 @@ def test_a_path_in_a_config_is_never_followed(
     assert "\n" not in found.reason
 
 
-def test_a_base_that_is_a_model_here_and_on_the_hub_is_ambiguous(
+def test_a_base_that_is_both_a_local_folder_and_a_repo_is_ambiguous(
     server: HubServer, inside: Path, access: HubAccess
 ) -> None:
     server.add("org/base", {"config.json": b"{}", "model.safetensors": b"weights"})
@@ -505,7 +511,7 @@ def test_a_base_that_is_a_model_here_and_on_the_hub_is_ambiguous(
 
 
 @pytest.mark.parametrize("file", ["config.json", "model_index.json", "model.safetensors"])
-def test_a_base_that_the_hub_does_not_have_is_a_model_in_a_folder_here(
+def test_a_base_that_the_hub_does_not_have_is_the_local_folder(
     file: str, server: HubServer, inside: Path, access: HubAccess
 ) -> None:
     (inside / "models/llama").mkdir(parents=True)
@@ -517,7 +523,7 @@ def test_a_base_that_the_hub_does_not_have_is_a_model_in_a_folder_here(
     assert server.paths()
 
 
-def test_a_folder_here_that_is_no_model_is_not_the_base(
+def test_a_local_folder_without_a_model_is_not_the_base(
     server: HubServer, inside: Path, access: HubAccess
 ) -> None:
     server.add("org/base", {"config.json": b"{}", "model.safetensors": b"weights"})
@@ -529,5 +535,5 @@ def test_a_folder_here_that_is_no_model_is_not_the_base(
     assert (found.location.folder, found.location.repo_id) == (None, "org/base")
 
 
-def test_the_file_that_is_left_out_is_one_byte_too_large() -> None:
+def test_the_large_side_file_of_these_tests_exceeds_the_limit_by_one_byte() -> None:
     assert len(ADAPTER["big.bin"]) == SIDE_FILE_LIMIT + 1

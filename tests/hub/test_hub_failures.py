@@ -1,4 +1,4 @@
-"""A Hub that fails: what passes is survived, the rest is named, and nothing secret is shown."""
+"""A Hub that fails: short failures are retried, others are named, and no secret is shown."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def access(tmp_path: Path) -> HubAccess:
 def impatient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    # Only a silent server is given up early: on a busy machine any answer may take a second.
+    # Only tests of silence have a short limit: on a busy machine any answer may take a second.
     timeout = 0.3 if "silence" in request.node.name else 30
     monkeypatch.setattr("hub_server.SILENCE", 0.6)
     monkeypatch.setattr(time, "sleep", lambda _seconds: None)
@@ -79,17 +79,17 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def fetched(access: HubAccess) -> dict[str, bytes]:
-    """Locate and fetch the adapter; returns its files."""
+    """Locate and fetch the adapter; return the files."""
     location = locate("org/name", kind="adapter", access=access)
     folder = fetch_adapter(location, access).fetched
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# --- what passes ---------------------------------------------------------------------------------
+# --- failures that pass --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_a_fault_that_passes_is_survived_at_the_repos_description(
+def test_a_request_for_the_description_is_retried(
     fault: Fault, server: HubServer, access: HubAccess
 ) -> None:
     commit = server.add("org/name", FILES)
@@ -100,11 +100,11 @@ def test_a_fault_that_passes_is_survived_at_the_repos_description(
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_a_fault_that_passes_is_survived_at_every_whole_file(
+def test_a_request_for_a_complete_file_is_retried(
     fault: Fault, server: HubServer, access: HubAccess
 ) -> None:
     server.add("org/name", FILES)
-    for count in range(4):  # the config, twice in the weights, and the card
+    for count in range(4):  # one in the config, two in the weights, one in the card
         server.failures = [fault]
         location = locate("org/name", kind="adapter", access=access)
         name = sorted(FILES)[min(count, 2)]
@@ -116,7 +116,7 @@ def test_a_fault_that_passes_is_survived_at_every_whole_file(
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_a_fault_that_passes_is_survived_at_every_range(
+def test_a_request_for_a_range_is_retried(
     fault: Fault, server: HubServer, access: HubAccess
 ) -> None:
     server.add("org/name", FILES)
@@ -130,7 +130,7 @@ def test_a_fault_that_passes_is_survived_at_every_range(
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_a_fault_that_passes_is_survived_at_the_server_that_stores_the_content(
+def test_a_request_to_the_server_of_large_files_is_retried(
     fault: Fault, server: HubServer, access: HubAccess
 ) -> None:
     server.add("org/name", FILES)
@@ -140,7 +140,7 @@ def test_a_fault_that_passes_is_survived_at_the_server_that_stores_the_content(
         assert fetched(access) == FILES
 
 
-def test_a_fault_that_does_not_pass_ends_after_a_bounded_number_of_tries(
+def test_a_lasting_fault_ends_after_a_limited_number_of_tries(
     server: HubServer, access: HubAccess, pauses: list[float]
 ) -> None:
     server.add("org/name", FILES)
@@ -169,7 +169,7 @@ def test_a_fault_that_does_not_pass_ends_after_a_bounded_number_of_tries(
         ({"RateLimit": '"api";r=12;t=300'}, 0.5),
     ],
 )
-def test_a_server_that_asks_to_wait_is_waited_for_within_bounds(
+def test_a_server_that_asks_for_a_pause_gets_the_pause_within_limits(
     headers: dict[str, str],
     waited: float,
     server: HubServer,
@@ -183,7 +183,7 @@ def test_a_server_that_asks_to_wait_is_waited_for_within_bounds(
     assert pauses == [waited, waited]
 
 
-def test_a_server_that_names_the_time_to_come_back_is_waited_for(
+def test_a_server_that_names_a_time_for_the_next_try_gets_the_pause(
     server: HubServer, access: HubAccess, pauses: list[float]
 ) -> None:
     server.add("org/name", FILES)
@@ -193,7 +193,7 @@ def test_a_server_that_names_the_time_to_come_back_is_waited_for(
     assert 15 < pauses[0] <= 20
 
 
-def test_a_server_that_trickles_is_given_up(
+def test_a_server_that_sends_headers_too_slowly_is_given_up(
     server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.add("org/name", FILES)
@@ -207,13 +207,14 @@ def test_a_server_that_trickles_is_given_up(
         open_file(location, "README.md", access)
     with pytest.raises(OutOfReachError, match=rf"README.md {slow}"):
         fetch_base(location, access, names=["README.md"])
-    assert len(server.failures) >= 6  # nothing is tried again; the download asks for the reason
+    # each request is sent once; the download sends another to learn the reason
+    assert len(server.failures) >= 6
 
 
 @pytest.mark.parametrize(
     ("status", "reason"), [(429, "rate limit is reached"), (503, "the Hub answers 503")]
 )
-def test_a_download_that_the_hub_puts_off_for_an_hour_is_given_up_with_the_hubs_reason(
+def test_a_download_that_the_hub_delays_for_an_hour_is_given_up_with_the_hub_s_reason(
     status: int,
     reason: str,
     server: HubServer,
@@ -234,7 +235,7 @@ def test_a_download_that_the_hub_puts_off_for_an_hour_is_given_up_with_the_hubs_
     assert isinstance(caught.value, LimitedError) == (status == 429)
 
 
-def test_a_server_that_sends_at_least_slowly_is_waited_for(
+def test_a_slow_body_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(retry, "WINDOW", 0.05)
@@ -249,7 +250,7 @@ def test_a_server_that_sends_at_least_slowly_is_waited_for(
     assert retry.at_least_slowly(ends.wait, transferred, what="x")
 
 
-def test_all_waiting_of_one_request_is_bounded(
+def test_the_total_pause_of_a_request_is_limited(
     server: HubServer, access: HubAccess, pauses: list[float]
 ) -> None:
     server.add("org/name", FILES)
@@ -259,11 +260,11 @@ def test_all_waiting_of_one_request_is_bounded(
     assert sum(pauses) <= retry.LONGEST_WAIT
 
 
-# --- what does not pass --------------------------------------------------------------------------
+# --- lasting failures ----------------------------------------------------------------------------
 
 
 def refusal(access: HubAccess) -> RefusedError:
-    """Fetch an adapter that is refused; returns why."""
+    """Fetch an adapter that is refused, and return the reason."""
     with pytest.raises(SurroundingsError) as caught:
         fetched(access)
     error = caught.value
@@ -332,7 +333,7 @@ NO_REFUSALS = (b"[1]", b"5", b'{"error": 5}', b'{"errors": 5}', b'{"errors": [1]
         *((Fault(403, body=body), None, Refusal.PRIVATE) for body in NO_REFUSALS),
     ],
 )
-def test_every_form_of_a_refusal_is_understood(
+def test_every_form_of_a_refusal_is_recognized(
     fault: Fault, token: str | None, kind: Refusal, server: HubServer, tmp_path: Path
 ) -> None:
     server.add("org/name", FILES)
@@ -356,7 +357,7 @@ def test_a_malformed_token_of_the_environment_is_refused_without_being_shown(
 
 @pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("address", ["nothing", "http://[bad", "http://a b", "http://user@host"])
-def test_an_address_of_the_hub_that_is_none_is_a_usage_error(
+def test_a_malformed_address_of_the_hub_is_a_usage_error(
     address: str, access: HubAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", address)
@@ -377,7 +378,7 @@ def test_an_address_of_the_hub_that_is_none_is_a_usage_error(
         b'{"sha": ' + b"9" * 5000 + b"}",
     ],
 )
-def test_a_description_that_is_none_is_refused(
+def test_a_malformed_description_is_refused(
     body: bytes, server: HubServer, access: HubAccess
 ) -> None:
     server.add("org/name", FILES)
@@ -386,7 +387,7 @@ def test_a_description_that_is_none_is_refused(
         locate("org/name", kind="adapter", access=access)
 
 
-def test_a_description_without_end_is_not_read_to_its_end(
+def test_a_description_without_end_is_read_up_to_a_limit(
     server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "_MOST_LISTED", 100)
@@ -397,7 +398,7 @@ def test_a_description_without_end_is_not_read_to_its_end(
     assert server.bytes_served < 10_000_000
 
 
-# --- bytes that are not those that the Hub states ------------------------------------------------
+# --- bytes that differ from the Hub's statement --------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -419,7 +420,7 @@ def test_a_flipped_bit_is_refused_and_never_reaches_the_cache(
     assert fetched(access) == FILES
 
 
-def test_a_flipped_bit_in_a_file_that_is_read_by_range_is_refused_once_it_is_read_whole(
+def test_a_flipped_bit_in_a_file_read_by_range_is_refused_after_the_last_range(
     server: HubServer, access: HubAccess
 ) -> None:
     server.add("org/name", FILES)
@@ -429,13 +430,15 @@ def test_a_flipped_bit_in_a_file_that_is_read_by_range_is_refused_once_it_is_rea
         open_file(location, "adapter_config.json", access)
 
 
-def test_a_mirror_that_states_no_hash_is_believed(server: HubServer, access: HubAccess) -> None:
+def test_files_of_a_mirror_without_hashes_are_accepted(
+    server: HubServer, access: HubAccess
+) -> None:
     server.add("org/name", FILES)
     server.hashes = False
     assert fetched(access) == FILES
 
 
-def test_a_file_of_a_mirror_is_as_long_as_it_is_listed(
+def test_a_file_of_a_mirror_with_another_size_than_listed_is_refused(
     server: HubServer, access: HubAccess
 ) -> None:
     server.add("org/name", FILES)
@@ -487,7 +490,9 @@ def test_a_large_file_of_the_cache_is_hashed_once_unless_it_changes(
     assert hashed == [len(WEIGHTS)]
 
 
-def test_a_file_is_as_long_as_it_is_listed(server: HubServer, access: HubAccess) -> None:
+def test_a_file_with_another_size_than_listed_is_refused(
+    server: HubServer, access: HubAccess
+) -> None:
     server.add("org/name", FILES)
     location = locate("org/name", kind="adapter", access=access)
     commit = location.commit or ""
@@ -507,20 +512,21 @@ def test_a_full_disk_is_named(
         fetched(access)
 
 
-def test_a_download_that_is_broken_off_leaves_nothing(server: HubServer, access: HubAccess) -> None:
+def test_an_interrupted_download_leaves_no_file(server: HubServer, access: HubAccess) -> None:
     server.add("org/name", FILES)
     location = locate("org/name", kind="adapter", access=access)
     server.failures = [200, *[Fault("cut")] * 99]
     with pytest.raises(SurroundingsError):
         fetch_base(location, access, names=["adapter_model.safetensors"])
     left = [path.name for path in cache_of_repo("org/name", access).rglob("*.incomplete")]
-    assert [name for name in left if name.count(".") > 1] == []  # huggingface_hub < 2 continues
+    # huggingface_hub < 2 continues an interrupted download
+    assert [name for name in left if name.count(".") > 1] == []
     server.failures = []
     folder = fetch_base(location, access, names=["adapter_model.safetensors"]).fetched
     assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
 
 
-# --- nothing secret ------------------------------------------------------------------------------
+# --- secrets -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -571,7 +577,7 @@ def test_the_log_lines_of_huggingface_hub_show_no_signature(
     assert SIGNATURE not in shown
 
 
-def test_secrets_are_taken_out_of_texts() -> None:
+def test_secrets_are_removed_from_texts() -> None:
     assert (
         redacted("get https://u:p@h.example/x?a=b&c=d#e now")
         == "get https://***@h.example/x?*** now"
@@ -584,10 +590,10 @@ def test_secrets_are_taken_out_of_texts() -> None:
     assert redacted("what? nothing") == "what? nothing"
 
 
-# --- how often the Hub is asked ------------------------------------------------------------------
+# --- the number of requests ----------------------------------------------------------------------
 
 
-def test_nothing_is_asked_for_but_what_is_needed(
+def test_only_needed_files_are_requested(
     server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
@@ -602,7 +608,7 @@ def test_nothing_is_asked_for_but_what_is_needed(
     }
 
 
-def test_a_repos_description_is_asked_for_once(server: HubServer, access: HubAccess) -> None:
+def test_a_repo_s_description_is_requested_once(server: HubServer, access: HubAccess) -> None:
     commit = server.add("org/name", FILES)
     location = locate("org/name", kind="adapter", access=access)
     assert list_files(location, access)["README.md"] == 6
@@ -635,7 +641,7 @@ def test_the_first_request_for_weights_takes_at_most_32_kibibytes(
     assert 16 << 10 <= int(last) + 1 <= 32 << 10
 
 
-def test_what_was_kept_of_a_commit_is_bounded_and_a_damaged_one_counts_as_none(
+def test_the_cache_of_headers_is_limited_and_damaged_entries_are_ignored(
     server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vera_convert.hub.header_cache.MOST_OF_A_REPO", 100_000)
@@ -664,9 +670,7 @@ def test_what_was_kept_of_a_commit_is_bounded_and_a_damaged_one_counts_as_none(
         path.unlink()
 
 
-def test_the_cache_is_one_that_huggingface_hub_understands(
-    server: HubServer, access: HubAccess
-) -> None:
+def test_huggingface_hub_can_read_the_cache(server: HubServer, access: HubAccess) -> None:
     from huggingface_hub import scan_cache_dir, try_to_load_from_cache
 
     commit = server.add("org/name", FILES)
@@ -704,7 +708,7 @@ def test_a_json_error_document_holds_no_secret(server: HubServer, tmp_path: Path
     assert SECRET not in ended.out + ended.err
 
 
-# --- a base that is also a folder here -----------------------------------------------------------
+# --- a base that is also a local folder ----------------------------------------------------------
 
 
 def model_here() -> None:
@@ -717,7 +721,7 @@ def model_here() -> None:
     "fault", [Fault(429), Fault(503), Fault("reset"), Fault(401, body=b'{"error": "expired"}')]
 )
 @pytest.mark.usefixtures("pauses")
-def test_a_hub_that_gives_no_answer_does_not_decide_for_a_folder_of_the_bases_name(
+def test_a_hub_without_an_answer_does_not_decide_for_the_local_folder(
     fault: Fault, server: HubServer, tmp_path: Path
 ) -> None:
     access = HubAccess(token=SECRET, cache_dir=tmp_path / "cache", progress=False)
@@ -729,7 +733,7 @@ def test_a_hub_that_gives_no_answer_does_not_decide_for_a_folder_of_the_bases_na
 
 
 @pytest.mark.parametrize("refused", ["gated", "disabled"])
-def test_a_base_that_the_hub_has_and_does_not_give_is_ambiguous_beside_a_folder(
+def test_a_base_that_the_hub_refuses_to_send_is_ambiguous_with_a_local_folder(
     refused: str, server: HubServer, access: HubAccess
 ) -> None:
     model_here()
@@ -739,7 +743,7 @@ def test_a_base_that_the_hub_has_and_does_not_give_is_ambiguous_beside_a_folder(
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_a_base_that_the_hub_does_not_show_is_the_folder_here(
+def test_a_base_that_the_hub_does_not_show_is_the_local_folder(
     private: bool, server: HubServer, access: HubAccess
 ) -> None:
     model_here()
@@ -751,7 +755,7 @@ def test_a_base_that_the_hub_does_not_show_is_the_folder_here(
     assert "the Hub shows this account no repo of that name" in found.reason
 
 
-def test_offline_the_cache_alone_decides_for_a_folder_of_the_bases_name(
+def test_offline_only_the_cache_decides_about_the_local_folder(
     server: HubServer, tmp_path: Path
 ) -> None:
     access = HubAccess(cache_dir=tmp_path / "cache", offline=True)

@@ -20,7 +20,10 @@ CONTENT = bytes(i * 7 % 251 for i in range(6 * HEAD_BYTES))
 
 @dataclass
 class Server:
-    """Answers as it is told to; `answers` overrides what a faultless one would say, in order."""
+    """A server whose faults and answers the test sets;
+
+    `answers` replaces the right answers, in order.
+    """
 
     content: bytes = CONTENT
     tag: str = "tag"
@@ -55,7 +58,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return slept
 
 
-def test_one_request_tells_the_size_and_serves_the_head() -> None:
+def test_the_first_request_gives_the_size_and_the_head() -> None:
     server = Server()
     file = RemoteFile("x", server.ask)
     assert file.size == len(CONTENT)
@@ -64,7 +67,7 @@ def test_one_request_tells_the_size_and_serves_the_head() -> None:
     assert server.asked == [(0, HEAD_BYTES - 1)]
 
 
-def test_what_lies_behind_the_head_is_asked_for() -> None:
+def test_bytes_after_the_head_are_requested() -> None:
     server = Server()
     with RemoteFile("x", server.ask) as file:
         buffer = memoryview(bytearray(50))
@@ -74,7 +77,7 @@ def test_what_lies_behind_the_head_is_asked_for() -> None:
     assert server.asked[1:] == [(len(CONTENT) - 50, len(CONTENT) - 1)]
 
 
-def test_a_range_outside_of_the_file_is_the_callers_fault() -> None:
+def test_a_range_outside_of_the_file_is_a_bug_of_the_caller() -> None:
     file = RemoteFile("x", Server().ask)
     with pytest.raises(ValueError, match="of 196608"):
         file.read_at(len(CONTENT) - 1, 2)
@@ -97,7 +100,7 @@ def test_a_server_without_ranges_is_read_up_to_a_bound(monkeypatch: pytest.Monke
         file.read_at(2 * HEAD_BYTES, 1)
 
 
-def test_what_passes_is_tried_again(pauses: list[float]) -> None:
+def test_a_short_failure_is_retried(pauses: list[float]) -> None:
     server = Server(failures=[TryAgainError("503"), TryAgainError("429", after=9.0)], cut=1)
     file = RemoteFile("x", server.ask)
     assert file.read_at(0, 10) == CONTENT[:10]
@@ -105,7 +108,7 @@ def test_what_passes_is_tried_again(pauses: list[float]) -> None:
     assert pauses == [0.5, 9.0, 2.0]
 
 
-def test_tries_are_bounded(pauses: list[float]) -> None:
+def test_the_number_of_tries_is_limited(pauses: list[float]) -> None:
     server = Server(failures=[TryAgainError("the Hub answers 503")] * 99)
     with pytest.raises(
         OutOfReachError, match=r"x could not be read .* in 5 tries: the Hub answers"
@@ -115,7 +118,7 @@ def test_tries_are_bounded(pauses: list[float]) -> None:
     assert pauses == list(retry.PAUSES)
 
 
-def test_a_server_that_asks_to_wait_for_days_is_not_waited_for_longer_than_a_minute(
+def test_a_server_that_asks_for_days_gets_a_pause_of_at_most_a_minute(
     pauses: list[float],
 ) -> None:
     server = Server(failures=[TryAgainError("the Hub answers 503", after=1e6)] * 99)
@@ -125,7 +128,7 @@ def test_a_server_that_asks_to_wait_for_days_is_not_waited_for_longer_than_a_min
     assert sum(pauses) == retry.LONGEST_WAIT
 
 
-def test_a_header_longer_than_the_beginning_is_asked_for_once() -> None:
+def test_a_header_longer_than_the_first_request_takes_one_more_request() -> None:
     server = Server()
     file = RemoteFile("x", server.ask)
     assert file.read_at(8, 2 * HEAD_BYTES) == CONTENT[8 : 8 + 2 * HEAD_BYTES]
@@ -133,7 +136,7 @@ def test_a_header_longer_than_the_beginning_is_asked_for_once() -> None:
     assert server.asked == [(0, HEAD_BYTES - 1), (HEAD_BYTES, 2 * HEAD_BYTES + 7)]
 
 
-# --- what is stated ------------------------------------------------------------------------------
+# --- stated hashes and sizes ---------------------------------------------------------------------
 
 SMALL = b"{}"
 GIT_BLOB = sha1(b"blob 2\0{}", usedforsecurity=False).hexdigest()
@@ -142,7 +145,7 @@ GIT_BLOB = sha1(b"blob 2\0{}", usedforsecurity=False).hexdigest()
 @pytest.mark.parametrize(
     "digest", [sha256(SMALL).hexdigest(), GIT_BLOB, sha1(SMALL, usedforsecurity=False).hexdigest()]
 )
-def test_a_file_that_is_read_whole_has_the_hash_that_is_stated(digest: str) -> None:
+def test_the_hash_of_a_completely_read_file_is_compared(digest: str) -> None:
     for server, listed in (
         (Server(content=SMALL), RepoFile(2, digest)),
         (Server(content=SMALL, tag=f'"{digest}"'), None),
@@ -154,7 +157,7 @@ def test_a_file_that_is_read_whole_has_the_hash_that_is_stated(digest: str) -> N
             RemoteFile("x", server.ask, listed=listed)
 
 
-def test_a_longer_file_is_compared_once_it_is_read_whole() -> None:
+def test_the_hash_of_a_longer_file_is_compared_after_the_last_range() -> None:
     server = Server(tag=f'"{sha256(CONTENT).hexdigest()}"')
     assert RemoteFile("x", server.ask).read_at(0, len(CONTENT)) == CONTENT
     server.content = CONTENT[:-1] + b"!"
@@ -168,7 +171,7 @@ def test_two_different_hashes_fit_no_file() -> None:
         RemoteFile("x", server.ask, listed=RepoFile(2, sha256(b"other").hexdigest()))
 
 
-def test_of_a_large_file_the_hash_of_gits_pointer_is_not_compared() -> None:
+def test_the_hash_of_a_large_file_s_git_pointer_is_not_compared() -> None:
     server = Server(content=SMALL, tag=sha256(SMALL).hexdigest())
     listed = RepoFile(2, sha1(b"pointer", usedforsecurity=False).hexdigest())
     assert RemoteFile("x", server.ask, listed=listed).size == 2
@@ -184,7 +187,7 @@ def kept(tmp_path: Path) -> HeaderCache:
     return HeaderCache(tmp_path / "repo" / "vera-convert" / "name")
 
 
-def test_a_kept_beginning_is_not_asked_for(kept: HeaderCache) -> None:
+def test_a_cached_head_is_not_requested(kept: HeaderCache) -> None:
     server = Server()
     RemoteFile("x", server.ask, kept=kept).read_at(0, HEAD_BYTES + 1)
     server.asked.clear()
@@ -196,7 +199,7 @@ def test_a_kept_beginning_is_not_asked_for(kept: HeaderCache) -> None:
         file.read_at(HEAD_BYTES + 1, 1)
 
 
-def test_a_kept_beginning_of_another_file_than_is_listed_does_not_count(kept: HeaderCache) -> None:
+def test_a_cached_head_of_another_file_is_not_used(kept: HeaderCache) -> None:
     server = Server(content=SMALL)
     for listed in (RepoFile(2, sha256(SMALL).hexdigest()), RepoFile(3)):
         kept.save(Beginning(2, ("c", sha256(b"[]").hexdigest()), b"[]"))
@@ -229,7 +232,7 @@ def test_an_improper_answer_is_refused(headers: dict[str, str]) -> None:
         RemoteFile("x", Server(headers=headers).ask)
 
 
-def test_a_whole_file_of_unknown_size_is_refused() -> None:
+def test_a_complete_file_of_unknown_size_is_refused() -> None:
     server = Server(ranges=False, headers={"content-length": "many"})
     with pytest.raises(SurroundingsError, match="does not state the size"):
         RemoteFile("x", server.ask)

@@ -50,11 +50,11 @@ from vera_convert.hub.repo_name import (
         (f"https://hf.co/org/name/commit/{'a' * 40}", RepoName("org/name", "a" * 40)),
     ],
 )
-def test_a_repo_is_taken_apart(text: str, expected: RepoName) -> None:
+def test_a_repo_name_is_parsed(text: str, expected: RepoName) -> None:
     assert parse_repo_name(text, bare=False) == expected
 
 
-def test_an_hf_address_means_what_huggingface_hub_says() -> None:
+def test_an_hf_address_is_parsed_as_by_huggingface_hub() -> None:
     from huggingface_hub import utils
 
     if not hasattr(utils, "parse_hf_uri"):
@@ -73,7 +73,7 @@ def test_an_hf_address_means_what_huggingface_hub_says() -> None:
 
 
 @pytest.mark.parametrize("text", ["gpt2", "gpt2@main", "gpt2@refs/pr/2", "hf://gpt2"])
-def test_a_bare_name_is_a_repo_only_where_that_is_allowed(text: str) -> None:
+def test_a_bare_name_is_a_repo_only_if_allowed(text: str) -> None:
     assert parse_repo_name(text, bare=True).repo_id == "gpt2"
     with pytest.raises(ValueError, match="org/name"):
         parse_repo_name(text, bare=False)
@@ -104,7 +104,7 @@ def test_a_bare_name_is_a_repo_only_where_that_is_allowed(text: str) -> None:
         "org/name/sub\x07",
     ],
 )
-def test_what_is_malformed_is_refused(text: str) -> None:
+def test_a_malformed_name_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         parse_repo_name(text, bare=False)
 
@@ -112,12 +112,12 @@ def test_what_is_malformed_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     "text", [".", "./x", "../x", "/x", "~/x", "~", "C:x", "c:/x", "a\\b", "\\\\host\\share"]
 )
-def test_what_looks_like_a_path_is_known(text: str) -> None:
+def test_names_that_look_like_a_path(text: str) -> None:
     assert looks_like_path(text)
     assert not is_repo_id(text)
 
 
-def test_a_repo_does_not_look_like_a_path() -> None:
+def test_names_that_do_not_look_like_a_path() -> None:
     assert not any(map(looks_like_path, ("org/name", "gpt2", "hf://org/name", "org/name@v1/sub")))
 
 

@@ -1,4 +1,4 @@
-"""Renames that never replace, with and without the system's help; removal; sync."""
+"""Renames that never replace a file, with and without a system call for them; removal; sync."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cannot(*_: object, **__: object) -> None:
 
 @pytest.fixture(params=["at once", "with a look"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to rename: with a system call that refuses, and without one."""
+    """Rename in both ways: with the system call, and after a check without the system call."""
     if request.param == "with a look":
         monkeypatch.setattr(filesystem, "_rename_at_once", cannot)
     return str(request.param)
@@ -59,7 +59,7 @@ Make = Callable[[Path], None]
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("make", KINDS)
-def test_move_moves(make: Make, tmp_path: Path) -> None:
+def test_move_renames(make: Make, tmp_path: Path) -> None:
     make(tmp_path / "from")
     before = os.lstat(tmp_path / "from")
     move(tmp_path / "from", tmp_path / "to")
@@ -82,7 +82,7 @@ def test_move_replaces_nothing(make: Make, make_other: Make, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("make", [a_file, a_full_folder])
 @pytest.mark.parametrize("make_other", [a_file, a_full_folder])
-def test_move_without_help_replaces_nothing_that_came_after_the_look(
+def test_move_without_the_system_call_replaces_nothing_that_appears_after_the_check(
     make: Make, make_other: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(filesystem, "_rename_at_once", cannot)
@@ -102,7 +102,7 @@ def test_move_without_help_replaces_nothing_that_came_after_the_look(
     assert (tmp_path / "from").exists()
 
 
-def test_move_of_a_file_works_where_there_are_no_links(
+def test_a_file_is_moved_on_systems_without_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(filesystem, "_rename_at_once", cannot)
@@ -113,7 +113,7 @@ def test_move_of_a_file_works_where_there_are_no_links(
 
 
 @pytest.mark.usefixtures("way")
-def test_move_tells_what_else_is_wrong(tmp_path: Path) -> None:
+def test_move_raises_other_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         move(tmp_path / "from", tmp_path / "to")
     a_full_folder(tmp_path / "from")
@@ -123,7 +123,7 @@ def test_move_tells_what_else_is_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", KINDS)
 @pytest.mark.parametrize("make_other", KINDS)
-def test_exchange_is_whole_or_says_that_it_cannot(
+def test_exchange_exchanges_both_names_or_returns_false(
     make: Make, make_other: Make, way: str, tmp_path: Path
 ) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
@@ -136,14 +136,14 @@ def test_exchange_is_whole_or_says_that_it_cannot(
     assert not (done and way == "with a look")
 
 
-def test_exchange_tells_what_is_wrong(tmp_path: Path) -> None:
+def test_exchange_raises_other_errors(tmp_path: Path) -> None:
     a_file(tmp_path / "one")
-    if exchange(tmp_path / "one", tmp_path / "one"):  # only where the system can
+    if exchange(tmp_path / "one", tmp_path / "one"):  # only on systems with an exchange
         with pytest.raises(FileNotFoundError):
             exchange(tmp_path / "one", tmp_path / "missing")
 
 
-def test_remove_tree_removes_links_and_not_what_they_lead_to(tmp_path: Path) -> None:
+def test_remove_tree_removes_links_and_not_their_targets(tmp_path: Path) -> None:
     a_full_folder(tmp_path / "kept")
     tree = tmp_path / "tree"
     (tree / "deep" / "deeper").mkdir(parents=True)
@@ -184,7 +184,7 @@ def test_sync_tree_syncs_everything_and_folders_after_their_content(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders are not synced there")
-def test_only_a_folder_may_be_unsyncable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_folder_may_fail_to_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", cannot)
     sync_folder(tmp_path)
     a_file(tmp_path / "file")

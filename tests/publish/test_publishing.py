@@ -1,4 +1,4 @@
-"""Output appears whole or not at all: whatever fails, whoever else writes, whenever it dies."""
+"""Output appears completely or not at all, despite failures, other writers, and kills."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NEW: Content = {"a": "new", "b/c": "new"}
 
 
 def own(path: Path) -> bool:
-    """Whether a command that writes the contents of this file's tests could have written it."""
+    """Say whether a command that writes the contents of these tests could have written the path."""
     return path.is_file() or (path / "a").exists()
 
 
@@ -70,7 +70,7 @@ def write(out: Path, content: Content = NEW, *, force: bool = False) -> None:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Iterator[Path]:
-    """A place for the output; whatever a test does, nothing but output may be beside it."""
+    """Return a path for the output; at the end, its folder must hold nothing except the output."""
     folder = tmp_path / "parent"
     folder.mkdir()
     yield folder / "out"
@@ -79,7 +79,7 @@ def out(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system that neither exchanges names nor renames without replacing."""
+    """Simulate a system that cannot exchange names or rename without replacing."""
 
     def cannot(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -89,17 +89,19 @@ def in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["at once", "in two steps"])
 def way(request: pytest.FixtureRequest) -> None:
-    """Both ways to publish."""
+    """Publish in both ways."""
     if request.param == "in two steps":
         request.getfixturevalue("in_two_steps")
 
 
-# The good days ------------------------------------------------------------------------------------
+# Success ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("old", "new"), [(None, NEW), (OLD, NEW), (None, "new"), ("old", "new")])
-def test_output_appears_only_at_the_end_and_alone(old: Content, new: Content, out: Path) -> None:
+def test_output_appears_only_at_the_end_and_without_other_files(
+    old: Content, new: Content, out: Path
+) -> None:
     fill(out, old)
     output = Output(out, own, force=old is not None, is_folder=not isinstance(new, str))
     with output.staged() as staging:
@@ -126,7 +128,7 @@ def test_modes_follow_the_umask(umask: int, out: Path) -> None:
 
 @posix
 @pytest.mark.parametrize("force", [False, True])
-def test_everything_is_on_the_disk_before_it_appears_and_its_name_before_the_end(
+def test_all_files_are_synced_before_the_output_appears_and_the_name_before_the_end(
     force: bool, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[object] = []
@@ -146,7 +148,9 @@ def test_everything_is_on_the_disk_before_it_appears_and_its_name_before_the_end
     assert events[moment:] == ["appeared", out.parent.stat().st_ino]
 
 
-def test_a_relative_out_stays_where_it_was(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_out_does_not_follow_the_working_directory(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(out.parent)
     with Output(Path("out"), is_own=own).staged() as new:
         fill(new, NEW)
@@ -170,7 +174,7 @@ def test_a_message_about_a_staged_file_names_out(out: Path) -> None:
     assert names(out.parent) == []
 
 
-# What is refused ----------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------
 
 
 def a_file(path: Path) -> None:
@@ -200,7 +204,7 @@ in_the_way = pytest.mark.parametrize(
 
 
 def refused(out: Path, content: Content = NEW, *, force: bool = False) -> str:
-    """Expect that publishing is refused, with nothing changed, and return why."""
+    """Check that publishing is refused and changes nothing; return the reason."""
     before = os.lstat(out)
     with pytest.raises(UsageError) as caught:
         write(out, content, force=force)
@@ -248,10 +252,10 @@ def test_an_out_that_appears_while_the_run_works_is_refused(
 @posix
 @in_the_way
 @pytest.mark.parametrize("new", [NEW, "new"])
-def test_an_out_that_appears_in_the_last_moment_is_refused(
+def test_an_out_that_appears_at_the_last_moment_is_refused(
     make: Make, new: Content, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """POSIX's own rename would replace a file, a link and an empty folder without a word."""
+    """POSIX's own rename would silently replace a file, a link and an empty folder."""
     real = filesystem._rename_at_once
 
     def rename(source: Path, target: Path, *, exchange: bool) -> None:
@@ -284,7 +288,7 @@ def test_force_replaces_only_what_the_command_writes(
 
 
 @pytest.mark.usefixtures("way")
-def test_force_replaces_an_empty_folder_which_holds_nothing_to_lose(out: Path) -> None:
+def test_force_replaces_an_empty_folder(out: Path) -> None:
     an_empty_folder(out)
     assert refused(out).endswith("exists. Choose another OUT, or replace it with --force.")
     write(out, force=True)
@@ -347,7 +351,7 @@ def test_a_folder_that_may_not_be_moved_is_refused_before_the_work(
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("make", [a_file, a_full_folder, a_dangling_link])
-def test_force_replaces_nothing_strange_that_appears_while_the_run_works(
+def test_force_replaces_no_foreign_files_that_appear_while_the_run_works(
     make: Make, out: Path
 ) -> None:
     with ExitStack() as stack:
@@ -359,7 +363,7 @@ def test_force_replaces_nothing_strange_that_appears_while_the_run_works(
 
 
 @pytest.mark.usefixtures("way")
-def test_force_copes_with_an_out_that_comes_and_goes(
+def test_force_replaces_an_out_that_appears_and_disappears(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real_move, real_exchange = publish.move, publish.exchange  # type: ignore[attr-defined]
@@ -382,7 +386,7 @@ def test_force_copes_with_an_out_that_comes_and_goes(
     assert next(disturbances, None) is None
 
 
-def test_an_out_that_never_stays_is_an_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_out_that_keeps_changing_is_an_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def move(_source: Path, _target: Path) -> None:
         raise FileExistsError
 
@@ -432,7 +436,7 @@ def test_an_out_that_overlaps_an_input_is_refused(
     assert (names(tmp_path), content_of(tmp_path / "in")) == before
 
 
-def test_an_out_beside_its_input_is_fine(tmp_path: Path) -> None:
+def test_an_out_next_to_its_input_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with Output(tmp_path / "in2", inputs=[tmp_path / "in"], is_own=own).staged() as new:
         fill(new, NEW)
@@ -450,7 +454,7 @@ def test_an_out_beside_its_input_is_fine(tmp_path: Path) -> None:
         ("nul\0/out", UsageError, "null"),
     ],
 )
-def test_a_place_that_cannot_be_is_refused_before_work(
+def test_an_impossible_out_is_refused_before_the_work(
     target: str, error: type[Exception], why: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -463,19 +467,19 @@ def test_a_place_that_cannot_be_is_refused_before_work(
 
 
 def break_off(folder: Path) -> None:
-    """Write something and fail, as a run does."""
+    """Write a file and fail, as a run does."""
     fill(folder, NEW)
     raise OSError("broken")
 
 
-def test_folders_above_an_out_are_made(tmp_path: Path) -> None:
+def test_missing_folders_above_an_out_are_created(tmp_path: Path) -> None:
     with Output(tmp_path / "a" / "b" / "out", is_own=own).staged() as new:
         fill(new, NEW)
     assert content_of(tmp_path / "a" / "b" / "out") == NEW
     assert names(tmp_path / "a" / "b") == ["out"]
 
 
-def test_folders_that_were_made_go_with_a_failure_and_others_stay(tmp_path: Path) -> None:
+def test_a_failure_removes_only_the_created_folders(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with (
         pytest.raises(OSError, match="broken"),
@@ -486,7 +490,7 @@ def test_folders_that_were_made_go_with_a_failure_and_others_stay(tmp_path: Path
     assert names(tmp_path / "a") == []
 
 
-def test_a_folder_that_was_made_stays_if_another_run_uses_it(tmp_path: Path) -> None:
+def test_a_created_folder_that_another_run_uses_is_kept(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError, match="broken"),
         Output(tmp_path / "a" / "b" / "out", is_own=own).staged(),
@@ -532,12 +536,12 @@ def test_a_read_only_parent_is_refused_before_work(out: Path) -> None:
     out.parent.chmod(0o755)
 
 
-# Whatever fails -----------------------------------------------------------------------------------
+# Failures -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("old", [None, OLD])
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), SystemExit(5)])
-def test_an_exception_of_the_block_passes_and_leaves_nothing(
+def test_an_exception_of_the_block_is_raised_and_leaves_no_file(
     error: BaseException, old: Content, out: Path
 ) -> None:
     def work() -> None:
@@ -575,7 +579,7 @@ def test_a_system_error_of_the_block_is_explained(code: int, remedy: str, out: P
 
 
 @pytest.mark.parametrize(("read_only", "code"), [(True, errno.EROFS), (False, errno.EACCES)])
-def test_a_read_only_disk_is_told_from_a_folder_of_another_user(
+def test_a_read_only_disk_and_a_folder_of_another_user_have_different_messages(
     read_only: bool, code: int, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
@@ -584,7 +588,7 @@ def test_a_read_only_disk_is_told_from_a_folder_of_another_user(
         Output(out, is_own=own).check()
 
 
-def test_a_system_error_elsewhere_is_told_with_its_place(out: Path) -> None:
+def test_a_system_error_elsewhere_is_reported_with_its_place(out: Path) -> None:
     with (
         pytest.raises(SurroundingsError, match=r"denied \(/else.where\)\."),
         Output(out, is_own=own).staged(),
@@ -593,7 +597,7 @@ def test_a_system_error_elsewhere_is_told_with_its_place(out: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError("odd")])
-def test_an_error_that_is_not_of_writing_passes(error: OSError, out: Path) -> None:
+def test_an_error_that_is_not_about_writing_is_raised(error: OSError, out: Path) -> None:
     with pytest.raises(type(error)) as caught, Output(out, is_own=own).staged():
         raise error
     assert caught.value is error
@@ -610,7 +614,7 @@ scenarios = pytest.mark.parametrize(
     ("old", "new"), [(None, NEW), (OLD, NEW), (None, "new"), ("old", "new")]
 )
 MAY_FAIL = ("removing: ", "unlink", "rmdir", "close", "try_lock", "link")
-"""Calls whose failure does not fail the run, or need not."""
+"""Calls whose failure may leave the run successful."""
 
 
 @scenarios
@@ -627,7 +631,8 @@ def test_any_system_call_may_fail(
 
         def act(now: int, name: str, done: bool, number: int = number) -> None:
             nonlocal hit
-            if now == number and done == name.endswith("close"):  # else the file stays open
+            # before the call; a close fails after the call, or the file would stay open
+            if now == number and done == name.endswith("close"):
                 hit = name
                 raise OSError(code, os.strerror(code))
 
@@ -698,13 +703,13 @@ def test_a_signal_may_come_at_any_system_call(  # noqa: PLR0917
         if not hit:
             break
     assert not hit
-    # Up to some moment it interrupts; from then on the output is there and the run succeeds.
+    # A signal before some call interrupts the run; from that call on, the output is there.
     assert outcomes == sorted(outcomes, reverse=True)
     assert set(outcomes) == {0, signals[0]}
     assert min(map(outcomes.count, outcomes)) > 2
 
 
-def test_an_old_output_that_cannot_be_removed_is_no_failure(
+def test_an_old_output_that_cannot_be_removed_is_only_logged(
     out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(_path: Path) -> None:
@@ -718,11 +723,11 @@ def test_an_old_output_that_cannot_be_removed_is_no_failure(
     assert len(names(out.parent)) == 2
     assert "could not be removed" in caplog.text
     with suppress(UsageError):
-        write(out)  # also a run that is refused sweeps
+        write(out)  # also a refused run removes leftovers
     assert names(out.parent) == ["out"]
 
 
-# Whoever is killed --------------------------------------------------------------------------------
+# Kills --------------------------------------------------------------------------------------------
 
 KILLED_ANYWHERE = f"""
 sys.path.insert(0, {str(SUPPORT)!r})
@@ -777,7 +782,7 @@ print(number)
 @posix
 @pytest.mark.parametrize("old", ["old", "no old"])
 @pytest.mark.parametrize("step", ["at once", "in two steps"])
-def test_a_run_killed_at_any_system_call_leaves_what_the_next_sweeps(
+def test_the_next_run_removes_the_leftovers_of_a_run_killed_at_any_system_call(
     old: str, step: str, out: Path
 ) -> None:
     with running(KILLED_ANYWHERE, out, old, step) as child:
@@ -796,7 +801,7 @@ while True:
 """
 
 
-def test_a_run_killed_at_a_random_moment_leaves_what_the_next_sweeps(out: Path) -> None:
+def test_the_next_run_removes_the_leftovers_of_a_run_killed_at_a_random_moment(out: Path) -> None:
     chance = random.Random(0)
     for _ in range(4):
         with running(WRITES_FOR_EVER, out) as child:
@@ -813,7 +818,7 @@ def test_a_run_killed_at_a_random_moment_leaves_what_the_next_sweeps(out: Path) 
 
 
 def exchanges(folder: Path) -> bool:
-    """Whether the system can exchange two names there."""
+    """Say whether the system can exchange two names in the folder."""
     for name in "12":
         (folder / name).write_text("")
     try:
@@ -825,7 +830,7 @@ def exchanges(folder: Path) -> bool:
 
 @posix
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_that_is_stopped_leaves_nothing(number: int, status: int, out: Path) -> None:
+def test_an_interrupted_run_leaves_no_file(number: int, status: int, out: Path) -> None:
     code = """
 try:
     with Output(out, is_own=own).staged() as new:
@@ -843,7 +848,7 @@ except signals.Interrupted as interruption:
     assert names(out.parent) == []
 
 
-def test_a_run_that_leaves_its_block_by_no_door_leaves_nothing(out: Path) -> None:
+def test_a_process_that_ends_inside_the_block_leaves_no_file(out: Path) -> None:
     """An interrupt may come when Python is about to enter or leave the block's clean-up."""
     code = """
 staging = Output(out, is_own=own).staged()
@@ -855,7 +860,7 @@ sys.exit(7)
     assert names(out.parent) == []
 
 
-# Whoever else writes ------------------------------------------------------------------------------
+# Other writers ------------------------------------------------------------------------------------
 
 ONE_OF_MANY = """
 print(flush=True)
@@ -877,12 +882,12 @@ def run_together(out: Path, *arguments: object) -> list[int]:
         for child in children:
             send_line(child)
         while any(child.poll() is None for child in children):
-            assert seen(out) in (None, ["a", "b"])
+            assert names_while_exchanged(out) in (None, ["a", "b"])
         return [finished(child)[0] for child in children]
 
 
-def seen(out: Path) -> list[str] | None:
-    """The names in an output that may be exchanged for another, and then emptied, at any time."""
+def names_while_exchanged(out: Path) -> list[str] | None:
+    """Return the names in an output that other runs may replace and then empty at any time."""
     while True:
         try:
             before = out.stat()
@@ -894,7 +899,7 @@ def seen(out: Path) -> list[str] | None:
 
 
 @posix
-def test_of_many_runs_without_force_one_succeeds(out: Path) -> None:
+def test_exactly_one_of_many_runs_without_force_succeeds(out: Path) -> None:
     assert sorted(run_together(out, "no force", 1)) == [0, 2, 2, 2]
     content = content_of(out)
     assert isinstance(content, dict)
@@ -902,7 +907,7 @@ def test_of_many_runs_without_force_one_succeeds(out: Path) -> None:
 
 
 @posix
-def test_of_many_runs_with_force_all_succeed_and_one_is_seen(out: Path) -> None:
+def test_many_runs_with_force_all_succeed_and_the_output_is_of_one_run(out: Path) -> None:
     assert run_together(out, "force", 10) == [0, 0, 0, 0]
     content = content_of(out)
     assert isinstance(content, dict)
@@ -910,7 +915,7 @@ def test_of_many_runs_with_force_all_succeed_and_one_is_seen(out: Path) -> None:
     assert len(set(content.values())) == 1
 
 
-def test_a_run_spares_another_that_lives(out: Path) -> None:
+def test_a_run_does_not_remove_the_files_of_a_live_run(out: Path) -> None:
     code = """
 with Output(out, force=True, is_own=own).staged() as new:
     fill(new, "theirs")
@@ -928,7 +933,7 @@ with Output(out, force=True, is_own=own).staged() as new:
     assert content_of(out) == {"a": "theirs", "b/c": "theirs"}
 
 
-def test_the_space_for_an_out_in_folders_to_come_is_that_of_the_nearest(tmp_path: Path) -> None:
+def test_free_space_is_read_from_the_nearest_existing_folder(tmp_path: Path) -> None:
     assert Output(tmp_path / "a" / "b" / "out", is_own=own).free_space > 0
     assert names(tmp_path) == []
 

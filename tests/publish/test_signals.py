@@ -1,4 +1,6 @@
-"""A signal at any moment of the program's life: the right status, a true sentence, no traceback."""
+"""A signal at any moment of the program gives the right status, a true message, and no
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def life(number, moment):
 FRESH = f"""{LIFE}
 life(int(sys.argv.pop(1)), int(sys.argv.pop(1)))
 """
-# Forks a life for each line of stdin; all modules are imported, which takes most of a fresh life.
+# Fork a process for each line of stdin; most time of a fresh process goes into imports.
 FORKED = f"""{LIFE}
 import importlib, json
 from pathlib import Path
@@ -101,7 +103,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 def length(run: Run, arguments: Sequence[object]) -> int:
-    """Return how many moments an undisturbed life has."""
+    """Return the number of moments in a run without a signal."""
     status, stderr = run(0, 0, arguments)
     assert status == 0, stderr
     return int(stderr.split()[-1])
@@ -115,14 +117,15 @@ def length(run: Run, arguments: Sequence[object]) -> int:
         *product(["forked"], ["strip", "merge"], [signal.SIGINT, signal.SIGTERM]),
     ],
 )
-def test_a_signal_at_any_moment_leaves_all_or_nothing_and_says_which(
+def test_a_signal_at_any_moment_leaves_a_complete_output_or_none_and_reports_which(
     start: str, command: str, number: int, tmp_path: Path, forked: Run
 ) -> None:
     run, parts = (fresh, 5) if start == "fresh" else (forked, 16)
     adapter, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
     inputs = [adapter, "--base", base]
     last = length(run, [command, *inputs, tmp_path / "whole"])
-    # Moments all over a life, and with forked lives more towards the end, where OUT is published.
+    # Spread the moments over the run; forked runs get more moments near the end, when OUT is
+    # published.
     spread = {last * part // parts for part in range(1, parts)}
     ends = {last - 4**n for n in range(7)} if start == "forked" else {last - 4}
     statuses = set()
@@ -142,7 +145,9 @@ def test_a_signal_at_any_moment_leaves_all_or_nothing_and_says_which(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_command_without_an_out_ends_alike(number: int, tmp_path: Path, forked: Run) -> None:
+def test_a_signal_in_a_command_without_out_gives_the_same_status(
+    number: int, tmp_path: Path, forked: Run
+) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     last = length(forked, ["info", adapter])
     for moment in (*(last * part // 12 for part in range(1, 12)), last - 4, last - 1):

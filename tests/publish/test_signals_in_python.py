@@ -1,4 +1,4 @@
-"""A signal becomes one exception, never two, and waits where it must."""
+"""A signal raises exactly one exception, and waits during clean-up and imports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def handlers_as_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_signal_raises_with_the_status_of_a_shell(number: signal.Signals) -> None:
+def test_a_signal_raises_an_error_with_the_status_of_a_shell(number: signal.Signals) -> None:
     with pytest.raises(Interrupted, match=number.name) as caught, signals_raise():
         signal.raise_signal(number)
     assert caught.value.status == 128 + number
@@ -50,7 +50,7 @@ def test_a_second_signal_does_not_interrupt_the_clean_up() -> None:
     assert cleaned
 
 
-def test_a_signal_that_is_held_comes_at_the_outermost_end() -> None:
+def test_a_held_signal_is_raised_at_the_end_of_the_outermost_block() -> None:
     reached = []
 
     def work() -> None:
@@ -65,17 +65,17 @@ def test_a_signal_that_is_held_comes_at_the_outermost_end() -> None:
     assert reached == ["inner"]
 
 
-def test_once_the_work_is_done_neither_a_signal_that_waits_nor_a_later_one_comes() -> None:
+def test_after_the_work_is_done_no_held_or_later_signal_is_raised() -> None:
     with signals_raise():
         with signals_held():
             signal.raise_signal(signal.SIGTERM)
             signals_done()
         signal.raise_signal(signal.SIGINT)
     with pytest.raises(Interrupted, match="SIGTERM"), signals_raise():
-        signal.raise_signal(signal.SIGTERM)  # the next work is not done yet
+        signal.raise_signal(signal.SIGTERM)  # the next work has not ended
 
 
-def test_a_signal_during_an_import_comes_after_it(
+def test_a_signal_during_an_import_is_raised_after_the_import(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "module_that_hides_what_is_raised_in_it"
@@ -99,7 +99,7 @@ def test_a_signal_during_an_import_comes_after_it(
     assert modules[0].whole
 
 
-def test_nesting_changes_nothing() -> None:
+def test_a_nested_block_does_not_end_the_outer_block() -> None:
     def work() -> None:
         with signals_raise():
             pass

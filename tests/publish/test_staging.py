@@ -1,4 +1,4 @@
-"""The staging folder: the living keep theirs, the dead lose theirs, nobody else loses anything."""
+"""Staging folders: those of live runs are kept, those of dead runs are removed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def dead(out: Path, *parts: str) -> Path:
-    """Leave what a run for `out` leaves that is killed; each of its parts is a file in a folder."""
+def leave_leftovers(out: Path, *parts: str) -> Path:
+    """Leave the container of a killed run for `out`; each part is a folder with a file."""
     staging = Container.beside(out)
     for part in parts:
         folder = staging.new.with_name(part)
@@ -42,7 +42,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_it_is_hidden_and_empty_and_goes_once(out: Path) -> None:
+def test_a_container_is_hidden_and_empty_and_is_removed_once(out: Path) -> None:
     staging = Container.beside(out)
     (name,) = names(out.parent)
     assert name.startswith(".out.vera-convert-")
@@ -54,7 +54,7 @@ def test_it_is_hidden_and_empty_and_goes_once(out: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
-def test_strangers_cannot_look_into_it(out: Path) -> None:
+def test_other_users_cannot_read_a_container(out: Path) -> None:
     staging = Container.beside(out)
     assert staging.new.parent.stat().st_mode & 0o777 == 0o700
     staging.remove()
@@ -82,7 +82,7 @@ print(staging.new.parent.exists())
     assert names(out.parent) == []
 
 
-def test_the_living_are_not_swept(out: Path) -> None:
+def test_a_container_of_a_live_run_is_not_swept(out: Path) -> None:
     staging = Container.beside(out)
     code = "staging = staging.Container.beside(out); print(staging.new, flush=True); input()"
     with running(code, out) as child:
@@ -98,36 +98,38 @@ def test_the_living_are_not_swept(out: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [(), ("new",), ("old",), ("dead",), ("dead", "new")])
-def test_the_dead_are_swept(parts: tuple[str, ...], out: Path) -> None:
-    dead(out, *parts)
-    dead(out, *parts)
+def test_a_container_of_a_dead_run_is_swept(parts: tuple[str, ...], out: Path) -> None:
+    leave_leftovers(out, *parts)
+    leave_leftovers(out, *parts)
     sweep_containers(out)
     assert names(out.parent) == []
 
 
-def test_one_that_was_killed_before_it_had_a_lock_is_swept(out: Path) -> None:
-    (dead(out) / "lock").unlink()
+def test_a_container_of_a_run_killed_before_its_lock_is_swept(out: Path) -> None:
+    (leave_leftovers(out) / "lock").unlink()
     sweep_containers(out)
     assert names(out.parent) == []
 
 
-def test_what_was_moved_away_is_put_back(out: Path) -> None:
-    dead(out, "new", "old")
+def test_an_output_that_was_moved_aside_is_put_back(out: Path) -> None:
+    leave_leftovers(out, "new", "old")
     sweep_containers(out)
     assert names(out.parent) == ["out"]
     assert (out / "content").read_text() == "old"
 
 
-def test_what_was_moved_away_replaces_nothing_that_came_since(out: Path) -> None:
-    dead(out, "new", "old")
+def test_an_output_that_was_moved_aside_does_not_replace_a_newer_output(out: Path) -> None:
+    leave_leftovers(out, "new", "old")
     out.mkdir()
     sweep_containers(out)
     assert names(out.parent) == ["out"]
     assert names(out) == []
 
 
-def test_what_cannot_be_put_back_is_kept(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    staging = dead(out, "new", "old")
+def test_an_output_that_cannot_be_put_back_is_kept(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = leave_leftovers(out, "new", "old")
 
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -160,7 +162,7 @@ TAIL = ".vera-convert-0123456789abcdef"
 def test_only_the_leftovers_of_the_same_name_are_swept(
     name: str, other: str, tmp_path: Path
 ) -> None:
-    ours, theirs = dead(tmp_path / name, "new"), dead(tmp_path / other, "new")
+    ours, theirs = leave_leftovers(tmp_path / name, "new"), leave_leftovers(tmp_path / other, "new")
     sweep_containers(tmp_path / name)
     assert not ours.exists()
     assert (theirs / "new").exists()
@@ -168,8 +170,8 @@ def test_only_the_leftovers_of_the_same_name_are_swept(
     assert names(tmp_path) == []
 
 
-def test_what_only_looks_like_a_leftover_is_left(out: Path) -> None:
-    target = dead(out.with_name("other"), "new")
+def test_files_that_only_look_like_leftovers_are_kept(out: Path) -> None:
+    target = leave_leftovers(out.with_name("other"), "new")
     lookalikes = [f".out{TAIL}0", f".out{TAIL[:-1]}g", f"out{TAIL}", f".out{TAIL}.bak"]
     for name in lookalikes:
         out.with_name(name).mkdir()
@@ -182,10 +184,12 @@ def test_what_only_looks_like_a_leftover_is_left(out: Path) -> None:
     assert (target / "new").exists()
 
 
-def test_without_locks_nobody_is_swept(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_container_is_swept_on_a_disk_without_locks(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "try_lock", no_locks)
     staging = Container.beside(out)
-    leftover = dead(out, "new")
+    leftover = leave_leftovers(out, "new")
     sweep_containers(out)
     assert staging.new.parent.exists()
     assert leftover.exists()
@@ -193,10 +197,12 @@ def test_without_locks_nobody_is_swept(out: Path, monkeypatch: pytest.MonkeyPatc
     assert not staging.new.parent.exists()
 
 
-def test_a_sweeper_may_be_faster_than_the_first_lock(
+def test_a_container_that_is_swept_before_its_lock_is_made_again(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It sweeps before the lock file exists, then before it is locked, then gives way."""
+    """The sweeper runs before the lock file exists, then before the file is locked, then not
+    again.
+    """
     real_open = os.open
     moments = ["open", "lock"]
 
@@ -223,7 +229,7 @@ def test_a_sweeper_may_be_faster_than_the_first_lock(
     assert names(out.parent) == []
 
 
-def test_a_sweeper_that_is_always_faster_is_an_error(
+def test_a_container_that_is_always_swept_before_its_lock_is_an_error(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "try_lock", lambda _fd: False)
@@ -231,7 +237,7 @@ def test_a_sweeper_that_is_always_faster_is_an_error(
         Container.beside(out)
 
 
-def test_what_cannot_be_removed_is_told_and_goes_next_time(
+def test_a_leftover_that_cannot_be_removed_is_logged_and_swept_next_time(
     out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(_path: Path) -> None:
@@ -248,11 +254,11 @@ def test_what_cannot_be_removed_is_told_and_goes_next_time(
     assert names(out.parent) == []
 
 
-def test_a_run_that_is_swept_although_it_lives_never_has_a_part_to_publish(
+def test_a_live_run_that_is_swept_loses_all_staged_files_in_one_step(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Locks may not reach another host; what the victim staged then goes in one step."""
-    new = dead(out, "new") / "new"
+    """Locks may not reach another host; then the live run's staged files disappear in one step."""
+    new = leave_leftovers(out, "new") / "new"
     removed = []
 
     def watch(path: Path) -> None:
