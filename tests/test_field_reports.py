@@ -71,7 +71,7 @@ REPORTS = (
         (
             "V228-half_the_names_lack_the_prefix",
             "test_an_adapter_with_two_layouts_is_refused",
-            "test_a_mixture_of_two_layouts_fits_no_base",
+            "test_an_adapter_with_names_of_two_layouts_fits_no_base",
         ),
     ),
     Report(
@@ -165,7 +165,7 @@ REPORTS = (
         (
             "V110-config_has_a_new_field",
             "hundreds_of_fields_are_unknown",
-            "test_metadata_and_unknown_fields_pass_through",
+            "test_metadata_and_unknown_fields_are_kept",
         ),
     ),
     Report(
@@ -186,13 +186,13 @@ REPORTS = (
             "V105-key_is_large",
             "key_is_text",
             "key_is_fractional",
-            "test_a_negative_key_comes_back",
+            "test_a_negative_key_is_restored",
         ),
     ),
     Report(
         "a target matches in some layers only, and nobody is told",
         "huggingface/peft #3658, #1024, #3610",
-        ("test_a_target_in_some_layers_only_is_told",),
+        ("test_a_target_in_only_some_layers_is_reported",),
     ),
     Report(
         "one revision is taken for the adapter and for its base",
@@ -301,7 +301,7 @@ REPORTS = (
         "unslothai/unsloth #732, #534, #1122",
         (
             "test_free_space_is_checked_before_any_write",
-            "test_a_full_disk_is_no_reason_to_try_otherwise",
+            "test_a_full_disk_is_an_error_without_a_second_try",
             "a_side_file_claims_more_than_any_disk",
         ),
     ),
@@ -359,12 +359,12 @@ REPORTS = (
     Report(
         "the same seed gives other bits on another processor",
         "pytorch #155423, #155552, #148247",
-        ("test_recognizes_every_variant_and_rounding", "test_one_flipped_bit_is_enough"),
+        ("test_every_variant_and_rounding_is_recognized", "test_a_single_flipped_bit_is_refused"),
     ),
     Report(
         "A and B were drawn on a GPU, whose generator depends on the card",
         "pytorch #196613, #158398, #97097",
-        ("V401-projections_are_random", "test_foreign_projections_are_never_stripped"),
+        ("V401-projections_are_random", "test_projections_that_are_no_draw_are_never_stripped"),
     ),
     Report(
         "nothing says how A and B were drawn, and they were not drawn from the seed",

@@ -1,4 +1,4 @@
-"""Blocks of a sum: rounded once, for any number of terms, and never silently not finite."""
+"""A block of a sum is rounded once, for any number of terms; values that are not finite raise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 
 def off_by(found: Array, wanted: Array) -> int:
-    """By how many representable values two arrays of 16 bits differ at most."""
+    """Return by how many representable 16-bit values two arrays differ at most."""
     ordered = [
         np.where(bits < 0, -(bits & 0x7FFF), bits)
         for bits in (array.view(np.int16).astype(np.int64) for array in (found, wanted))
@@ -69,7 +69,8 @@ def test_a_tensor_is_the_rounded_sum_of_itself_and_its_terms(
     wanted = merged(stored, change.T if conv1d else change)
     assert found.dtype == stored.dtype
     if stored.dtype.itemsize == 2:
-        # The product is float32 and the reference float64, so a tie may fall to the other side.
+        # The product is float32 and the reference float64, so a tie may be rounded to the other
+        # side.
         assert np.count_nonzero(found != wanted) <= 1
         assert off_by(found, wanted) <= 1
     else:
@@ -106,7 +107,7 @@ def test_without_terms_only_the_dtype_changes() -> None:
     assert numbers == Numbers()
 
 
-def test_a_decoder_makes_values_of_what_is_stored() -> None:
+def test_a_decoder_turns_stored_bytes_into_values() -> None:
     stored = np.arange(30, dtype=np.uint8).reshape(6, 5)
     scales = np.arange(1, 7, dtype=np.float32)
 
@@ -125,7 +126,7 @@ def test_a_decoder_makes_values_of_what_is_stored() -> None:
 # --- numbers -------------------------------------------------------------------------------------
 
 
-def test_numbers_of_all_rows_are_those_of_the_whole_tensor() -> None:
+def test_numbers_of_all_rows_equal_those_of_the_complete_tensor() -> None:
     terms = (term(40, 30, seed=1, weight=1e-4), term(40, 30, seed=2, weight=1e-4))
     stored = np.random.default_rng(0).normal(size=(40, 30)).astype(BFLOAT16)
     found, numbers = computed_in_blocks(
@@ -149,7 +150,7 @@ def test_sampled_numbers_come_from_some_rows_of_every_block() -> None:
     assert numbers.changed == numbers.values
 
 
-def test_a_small_tensor_is_looked_at_whole() -> None:
+def test_all_values_of_a_small_tensor_are_sampled() -> None:
     terms = (term(7, 4, seed=1),)
     stored = np.ones((7, 4), np.float32)
     _, numbers = computed_in_blocks(
@@ -196,13 +197,13 @@ def test_a_finite_value_that_is_lost_in_a_narrower_dtype_is_found() -> None:
     assert caught.value.index == (1, 0)
 
 
-# --- blocks and their room -----------------------------------------------------------------------
+# --- the size of blocks, and workspaces ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("shape", "rows"), [((10, 6), 10), ((11, 6), 6), ((1, 1000), 1), ((3, 1000), 1), ((0, 5), 0)]
 )
-def test_blocks_depend_on_shapes_alone(shape: tuple[int, int], rows: int) -> None:
+def test_blocks_depend_only_on_shapes(shape: tuple[int, int], rows: int) -> None:
     assert Sum("w", shape, BFLOAT16, BFLOAT16).block_rows == rows
 
 

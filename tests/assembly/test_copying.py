@@ -1,4 +1,4 @@
-"""Ranges of bytes on their way to a new file, on systems of every kind."""
+"""Copy ranges of bytes into a new file on every kind of system."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_range_is_copied(
     ],
     ids=["other device", "no such call", "not supported", "not here", "says it is at the end"],
 )
-def test_what_the_kernel_does_not_copy_is_read_and_written(
+def test_a_range_that_the_kernel_cannot_copy_is_read_and_written(
     source: LocalFile,
     target: int,
     tmp_path: Path,
@@ -88,7 +88,7 @@ def test_what_the_kernel_does_not_copy_is_read_and_written(
 
 
 @in_kernel
-def test_what_the_kernel_leaves_half_way_is_finished(
+def test_a_range_that_the_kernel_copies_partly_is_completed(
     source: LocalFile, target: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = os.copy_file_range, iter(range(10))
@@ -104,7 +104,7 @@ def test_what_the_kernel_leaves_half_way_is_finished(
 
 
 @in_kernel
-def test_a_full_disk_is_no_reason_to_try_otherwise(
+def test_a_full_disk_is_an_error_without_a_second_try(
     source: LocalFile, target: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "copy_file_range", failing(errno.ENOSPC))
@@ -112,13 +112,13 @@ def test_a_full_disk_is_no_reason_to_try_otherwise(
         copy_range(source, target, start=0, at=0, size=10)
 
 
-def test_a_source_that_shrank_is_told(source: LocalFile, target: int, tmp_path: Path) -> None:
+def test_a_source_that_shrank_is_an_error(source: LocalFile, target: int, tmp_path: Path) -> None:
     os.truncate(tmp_path / "source", 100)
     with pytest.raises(SurroundingsError, match="shrank"):
         copy_range(source, target, start=0, at=0, size=len(CONTENT))
 
 
-def test_windows_has_no_positioned_write(
+def test_a_range_is_copied_on_windows_without_positioned_writes(
     target: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(os, "pwrite", raising=False)
@@ -138,7 +138,7 @@ def test_a_short_write_is_continued(
 
 
 @pytest.mark.parametrize("has_advice", [True, False])
-def test_advice_changes_nothing_that_is_read(
+def test_advice_to_the_system_does_not_change_the_bytes(
     target: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_advice: bool
 ) -> None:
     if not has_advice:

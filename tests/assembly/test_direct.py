@@ -1,4 +1,4 @@
-"""Files written past the system's cache hold the given bytes on every disk."""
+"""Files written around the system's cache hold the given bytes on every disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = [3 << 20, 5, 1 << 20, (1 << 20) + 3, 2 << 20, 0, 1 << 16, 77]
 
 
 def blocks(start: int) -> list[memoryview]:
-    """Random blocks, each in memory for its position after a start."""
+    """Return random blocks, each aligned in memory for its position in the file."""
     random, found = np.random.default_rng(1), []
     for size in SIZES:
         memory = memory_for(start, size)
@@ -33,7 +33,7 @@ def blocks(start: int) -> list[memoryview]:
 
 
 def written(path: Path, parts: list[memoryview]) -> None:
-    """Write a header and blocks, and expect these bytes in the file."""
+    """Write a header and blocks, and check the bytes of the file."""
     expected = b"".join([HEAD, *parts])
     with DirectFile(path, len(expected)) as sink:
         assert sink.write(HEAD) == len(HEAD)
@@ -56,7 +56,9 @@ def is_direct(file: int) -> bool:
 def watched(
     monkeypatch: pytest.MonkeyPatch, write: Callable[[int, memoryview], int]
 ) -> list[tuple[bool, int, int]]:
-    """Replace `os.write`; each call is listed with the flag, the address and the size."""
+    """Replace `os.write` by a function that records the flag, the address and the size of each
+    call.
+    """
     calls = []
 
     def listed(file: int, data: memoryview) -> int:
@@ -68,7 +70,7 @@ def watched(
     return calls
 
 
-def test_blocks_in_memory_for_their_position_are_written_without_a_copy(
+def test_aligned_blocks_are_written_without_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = blocks(len(HEAD))
@@ -77,14 +79,14 @@ def test_blocks_in_memory_for_their_position_are_written_without_a_copy(
     if not calls[0][0]:
         pytest.skip("the file system of the temporary folder has no direct writes")
     *straight, last = calls
-    assert not last[0]  # the end is no whole page
+    assert not last[0]  # the end is not a full page
     assert all(each[0] and each[1] % PAGE == each[2] % PAGE == 0 for each in straight)
     first = np.frombuffer(parts[0], np.uint8).ctypes.data
     own = [size for _, address, size in straight if first <= address < first + len(parts[0])]
     assert sum(own) > len(parts[0]) - 2 * PAGE
 
 
-def test_blocks_anywhere_in_memory_give_the_same_file(tmp_path: Path) -> None:
+def test_unaligned_blocks_give_the_same_file(tmp_path: Path) -> None:
     written(tmp_path / "file", blocks(len(HEAD) + 1))
 
 
@@ -119,7 +121,9 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         written(tmp_path / "file", blocks(len(HEAD)))
 
 
-def test_a_small_file_stays_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_file_is_written_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(direct, "LEAST_BYTES", 1 << 30)
     calls = watched(monkeypatch, os.write)
     written(tmp_path / "file", blocks(len(HEAD)))

@@ -1,4 +1,4 @@
-"""What is done for files while others are still computed."""
+"""Hash, sync and check finished files while other files are computed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARTS = [(0, 10), (10, 4000), (4010, 1), (4011, 5989)]
 def finished(
     folder: Path, parts: list[Written], *, content: bytes = CONTENT, **kinds: bool
 ) -> dict[str, str | None]:
-    """Let one file be finished, and return what was told of it."""
+    """Finish a file, and return the reported names and hashes."""
     told: dict[str, str | None] = {}
     (folder / "file").write_bytes(content)
     with Finisher(**kinds, on_finished=told.__setitem__) as finisher:
@@ -38,7 +38,7 @@ def finished(
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]])
 @pytest.mark.parametrize("step", [1, 3000, 1 << 24])
-def test_the_hash_is_that_of_the_file_in_whatever_order_it_was_written(
+def test_the_hash_does_not_depend_on_the_order_of_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: list[int], step: int
 ) -> None:
     monkeypatch.setattr(finisher, "_HASH_EVERY", step)
@@ -47,11 +47,11 @@ def test_the_hash_is_that_of_the_file_in_whatever_order_it_was_written(
     assert told == {"file": sha256(CONTENT).hexdigest()}
 
 
-def test_without_hashes_it_is_told_all_the_same(tmp_path: Path) -> None:
+def test_a_finished_file_is_reported_without_hashes(tmp_path: Path) -> None:
     assert finished(tmp_path, [Written(*part) for part in PARTS]) == {"file": None}
 
 
-def test_every_file_is_synced_before_it_is_told(
+def test_every_file_is_synced_before_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
@@ -94,7 +94,7 @@ def test_copied_ranges_are_compared_with_their_source(tmp_path: Path, flipped: i
             finished(tmp_path, parts, content=bytes(content), compares=True)
 
 
-def test_a_failure_is_raised_once_and_its_file_is_not_told(tmp_path: Path) -> None:
+def test_a_failure_is_raised_once_and_its_file_is_not_reported(tmp_path: Path) -> None:
     told: dict[str, str | None] = {}
     finisher = Finisher(on_finished=told.__setitem__)
     for name in ("gone", "there"):
@@ -113,14 +113,14 @@ def fail_elsewhere(path: Path, told: dict[str, str | None]) -> None:
         raise ValueError("elsewhere")
 
 
-def test_the_failure_of_the_run_is_the_one_that_is_raised(tmp_path: Path) -> None:
+def test_the_failure_of_the_run_takes_precedence(tmp_path: Path) -> None:
     told: dict[str, str | None] = {}
     with pytest.raises(ValueError, match="elsewhere"):
         fail_elsewhere(tmp_path / "gone", told)
     assert not told
 
 
-def test_a_thread_that_cannot_start_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_cannot_start_leaves_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     starts, start = iter(range(2)), threading.Thread.start
 
     def limited(self: threading.Thread) -> None:

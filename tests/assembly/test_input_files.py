@@ -1,4 +1,4 @@
-"""Input files that are opened for a block at a time."""
+"""Open an input file for each block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "file"
 
 
-def test_it_is_read_as_often_as_one_likes(path: Path) -> None:
+def test_an_input_can_be_read_several_times(path: Path) -> None:
     file = InputFile.look(path, within=path.parent)
     assert file.size == 7
     for _ in range(3):

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def path(folder: Path) -> Path:
-    """A journal of both files."""
+    """Write a journal of both files."""
     found = folder.parent / "journal"
     journal = Journal(found, folder, "same", {})
     for name, each in FINISHED.items():
@@ -47,7 +47,7 @@ def test_a_journal_can_begin_with_files_finished_before(path: Path, folder: Path
     assert finished_files(path, folder, "same") == FINISHED
 
 
-def test_another_identity_or_no_journal_means_that_no_file_is_finished(
+def test_with_another_identity_or_without_a_journal_no_file_is_finished(
     path: Path, folder: Path
 ) -> None:
     assert not finished_files(path, folder, "other")
@@ -56,28 +56,26 @@ def test_another_identity_or_no_journal_means_that_no_file_is_finished(
 
 
 @pytest.mark.parametrize("length", [0, 1, 10, 20])
-def test_a_first_line_that_was_cut_off_means_that_nothing_is(
-    path: Path, folder: Path, length: int
-) -> None:
+def test_with_a_cut_first_line_no_file_is_finished(path: Path, folder: Path, length: int) -> None:
     path.write_bytes(path.read_bytes()[:length])
     assert not finished_files(path, folder, "same")
 
 
-def test_a_last_line_that_was_cut_off_was_not_written(path: Path, folder: Path) -> None:
+def test_a_cut_last_line_is_ignored(path: Path, folder: Path) -> None:
     content = path.read_bytes()
     for length in (1, 2, 50):
         path.write_bytes(content[:-length])
         assert finished_files(path, folder, "same").keys() == {"a.safetensors"}
 
 
-def test_a_file_that_is_not_as_it_was_left_is_not_finished(path: Path, folder: Path) -> None:
+def test_a_changed_file_is_not_finished(path: Path, folder: Path) -> None:
     os.utime(folder / "a.safetensors", ns=(0, 0))
     assert finished_files(path, folder, "same").keys() == {"b/c.safetensors"}
     (folder / "b/c.safetensors").unlink()
     assert not finished_files(path, folder, "same")
 
 
-def test_a_file_with_other_bytes_is_not_finished_whatever_its_times_say(
+def test_a_file_with_other_bytes_and_the_same_times_is_not_finished(
     path: Path, folder: Path
 ) -> None:
     file = folder / "a.safetensors"
@@ -126,7 +124,7 @@ def test_a_pipe_is_no_journal(path: Path, folder: Path) -> None:
     assert not finished_files(path, folder, "same")
 
 
-def test_what_is_no_journal_at_all_means_that_nothing_is(path: Path, folder: Path) -> None:
+def test_with_a_malformed_journal_no_file_is_finished(path: Path, folder: Path) -> None:
     for content in (b"\xff\xfe", b"[]\n", b"{}\n{}\n", b'{"identity": 1}\n'):
         path.write_bytes(content)
         assert not finished_files(path, folder, "same")

@@ -1,4 +1,4 @@
-"""Threads that take jobs in order, fail alike however many they are, and never stay behind."""
+"""Threads take jobs in order, fail alike for every number of threads, and all end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_job_is_done_once(size: int) -> None:
     assert sorted(done) == [*range(100)]
 
 
-def test_one_thread_does_them_in_order() -> None:
+def test_a_single_thread_does_jobs_in_order() -> None:
     done: list[int] = []
     with WorkerPool(1, lambda: done.append) as pool:
         pool.run(range(10))
@@ -42,12 +42,12 @@ def test_one_thread_does_them_in_order() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_first_job_that_fails_is_the_one_that_is_told(size: int) -> None:
+def test_the_error_of_the_first_failing_job_is_raised(size: int) -> None:
     begun: list[int] = []
 
     def work(job: int) -> None:
         begun.append(job)
-        time.sleep(0.001 * (40 - job))  # earlier ones take longer, so that later ones fail first
+        time.sleep(0.001 * (40 - job))  # earlier jobs take longer, so later jobs fail first
         if job % 10 == 7:
             raise ValueError(job)
 
@@ -70,7 +70,7 @@ def test_an_iterator_of_jobs_that_fails_ends_the_run_after_the_jobs_before(size:
     assert sorted(done) == [*range(5)]
 
 
-def test_a_job_that_fails_is_told_before_the_iterator_that_yielded_it() -> None:
+def test_the_error_of_a_job_takes_precedence_over_its_iterator_s() -> None:
     def work(job: int) -> None:
         time.sleep(0.01)
         raise ValueError(job)
@@ -94,7 +94,7 @@ def test_all_threads_prepare_at_the_same_time() -> None:
         pool.run(range(4))
 
 
-def test_a_thread_that_cannot_prepare_ends_them_all() -> None:
+def test_a_thread_that_cannot_prepare_ends_all_threads() -> None:
     turns = iter(range(3))
 
     def prepare() -> Callable[[int], None]:
@@ -106,7 +106,7 @@ def test_a_thread_that_cannot_prepare_ends_them_all() -> None:
         WorkerPool(3, prepare)
 
 
-def test_a_thread_that_cannot_start_ends_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_cannot_start_ends_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     starts = iter(range(3))
     start = threading.Thread.start
 
@@ -120,7 +120,7 @@ def test_a_thread_that_cannot_start_ends_them_all(monkeypatch: pytest.MonkeyPatc
         WorkerPool[int](3, lambda: lambda _job: None)
 
 
-def test_whoever_waits_is_told_now_and_then_and_may_stop() -> None:
+def test_a_callback_is_called_regularly_and_may_stop_the_run() -> None:
     told: list[int] = []
 
     def tell() -> None:
@@ -134,7 +134,7 @@ def test_whoever_waits_is_told_now_and_then_and_may_stop() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX only")
-def test_a_signal_stops_it_after_the_jobs_that_are_begun() -> None:
+def test_a_signal_stops_the_run_after_the_started_jobs() -> None:
     done: list[int] = []
 
     def work(job: int) -> None:
@@ -153,14 +153,16 @@ def test_by_default_there_are_a_few_threads() -> None:
     assert 1 <= default_jobs() <= 4
 
 
-def test_a_system_without_affinity_is_asked_for_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_affinity_the_number_of_cores_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert default_jobs() == 3
 
 
 def run_with_little_memory(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code that may call `allow(spare)`: from then on only so many more bytes fit."""
+    """Run code that may call `allow(spare)`, which limits further memory to this number of
+    bytes.
+    """
     before = """
 import re, resource
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files put together by several threads: the same bytes, the same numbers, the same error."""
+"""Several threads write files with the same bytes, the same numbers, and the same error."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def assembled(
     return found, results
 
 
-def test_pieces_come_where_they_belong(
+def test_parts_are_written_to_their_positions(
     source: InputFile, stored: NDArray[Any], tmp_path: Path
 ) -> None:
     found, results = assembled(source, tmp_path / "out")
@@ -98,7 +98,7 @@ def test_pieces_come_where_they_belong(
 
 
 @pytest.mark.parametrize("check", [False, True])
-def test_nothing_depends_on_the_number_of_threads(
+def test_the_result_does_not_depend_on_the_number_of_threads(
     source: InputFile, tmp_path: Path, check: bool
 ) -> None:
     first, *others = (
@@ -109,7 +109,7 @@ def test_nothing_depends_on_the_number_of_threads(
     assert first[1]["folder/weights"].sha256 == sha256(first[0]["folder/weights"]).hexdigest()
 
 
-def test_all_values_are_looked_at_where_all_are_checked(source: InputFile, tmp_path: Path) -> None:
+def test_a_checked_run_reads_all_values(source: InputFile, tmp_path: Path) -> None:
     _, results = assembled(source, tmp_path / "out", check=True)
     assert results["folder/weights"].numbers["w"].values == OUTPUTS * INPUTS
 
@@ -121,7 +121,7 @@ def test_progress_counts_every_byte(source: InputFile, tmp_path: Path) -> None:
     assert told[-1] == sum(map(len, found.values()))
 
 
-def test_finished_files_are_left_alone(source: InputFile, tmp_path: Path) -> None:
+def test_finished_files_are_not_written_again(source: InputFile, tmp_path: Path) -> None:
     told: list[int] = []
     finished: dict[str, Finished] = {}
     found, results = assembled(
@@ -137,7 +137,7 @@ def test_finished_files_are_left_alone(source: InputFile, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("jobs", [1, 4])
-def test_the_first_value_that_is_not_finite_is_told(
+def test_the_first_value_that_is_not_finite_is_reported(
     tmp_path: Path, stored: NDArray[Any], jobs: int
 ) -> None:
     stored[30, 2], stored[39, 0] = np.inf, np.nan
@@ -153,13 +153,13 @@ def test_the_first_value_that_is_not_finite_is_told(
     assert (caught.value.tensor.name, caught.value.index) == ("bad", (30, 2))
 
 
-def test_an_input_that_changes_stops_it(source: InputFile, tmp_path: Path) -> None:
+def test_an_input_that_changes_stops_the_run(source: InputFile, tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"other")
     with pytest.raises(SurroundingsError, match="changed"):
         assembled(source, tmp_path / "out")
 
 
-def test_an_input_that_ends_early_stops_it(source: InputFile, tmp_path: Path) -> None:
+def test_an_input_that_ends_early_stops_the_run(source: InputFile, tmp_path: Path) -> None:
     short = InputFile(source.path, source.within, source.identity)
     pieces = (CopiedRange(short, 900, source.size, 0),)
     (tmp_path / "out").mkdir()
@@ -170,7 +170,7 @@ def test_an_input_that_ends_early_stops_it(source: InputFile, tmp_path: Path) ->
         assembler.assemble(tmp_path / "out")
 
 
-def test_bytes_that_come_back_otherwise_stop_a_checked_run(
+def test_bytes_that_read_back_differently_stop_a_checked_run(
     source: InputFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoilt(target: int, at: int, data: memoryview) -> None:
@@ -193,7 +193,7 @@ def test_a_first_product_is_run_before_anything_is_written(
         Assembler(files(source), jobs=2, device=broken)
 
 
-def test_sums_of_another_precision_show_in_the_product() -> None:
+def test_products_show_that_a_blas_sums_in_another_precision() -> None:
     def in_float64(left: Array, right: Array) -> Array:
         return (left.astype(np.float64) @ right).astype(np.float32)
 

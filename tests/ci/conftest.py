@@ -1,4 +1,4 @@
-"""What these tests share: they install packages, so `make test` leaves them out."""
+"""Fixtures of tests that install packages; `make test` does not run these tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runner import ROOT
 
 @pytest.fixture(scope="session")
 def git(tmp_path_factory: pytest.TempPathFactory) -> Git:
-    """Run git in a folder, whatever this machine's and this user's settings are."""
+    """Return a function that runs git, independent of this machine's and this user's settings."""
     settings = tmp_path_factory.mktemp("git") / "config"
     settings.write_text("[user]\nname = A\nemail = a@example.com\n[init]\ndefaultBranch = main\n")
     kept = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
@@ -36,14 +36,14 @@ def git(tmp_path_factory: pytest.TempPathFactory) -> Git:
 
 @pytest.fixture(scope="session")
 def tree(git: Git, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This repository as it lies here, committed or not, as the one commit of another.
+    """Commit this working tree, with all uncommitted changes, to a new repository.
 
-    The name of its folder has spaces, as a path of a runner may.
+    The name of the new folder contains spaces, as a path of a runner may.
     """
     copy = tmp_path_factory.mktemp("checkout") / "vera convert"
     listed = git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "-z")
     for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():  # not so where it has been removed but not yet committed
+        if (ROOT / name).is_file():  # a removed file may still be tracked
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
     git(copy, "init", "--quiet")

@@ -1,4 +1,4 @@
-"""What the tests beside it check: a good and a bad adapter."""
+"""A good and a bad adapter for the tests in this folder."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from adapterdefects import Q_B, without
 from adapters import good_adapter
 
 Git = Callable[..., str]
-"""Runs git: ``git(folder, "status")``."""
+"""A function that runs git: ``git(folder, "status")``."""
 
 BAD = "V202"
-"""What is found in the bad one."""
+"""The code of the bad adapter's finding."""
 
 
 def adapters(folder: Path) -> Path:
-    """Write a good adapter and one that lacks a tensor into a new folder."""
+    """Write a good adapter, and an adapter that lacks a tensor, into a new folder."""
     good_adapter(folder / "good" / "adapter one")
     without(Q_B)(good_adapter(folder / "bad" / "adapter two"))
     return folder

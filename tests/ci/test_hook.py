@@ -1,4 +1,4 @@
-"""The pre-commit hook, run by pre-commit: it installs this repository and checks another."""
+"""pre-commit installs this repository's hook and runs the hook on another repository."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ PreCommit = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def pre_commit(tmp_path_factory: pytest.TempPathFactory) -> PreCommit:
-    """Run pre-commit in a folder; environments that it makes are kept from test to test."""
+    """Return a function that runs pre-commit in a folder; tests share the installed
+    environments.
+    """
     home = tmp_path_factory.mktemp("pre-commit")
 
     def run(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -36,7 +38,7 @@ def pre_commit(tmp_path_factory: pytest.TempPathFactory) -> PreCommit:
 
 @pytest.fixture
 def repository(git: Git, tmp_path: Path) -> Path:
-    """A repository in which a good and a bad adapter lie, beside other files."""
+    """Make a repository with a good adapter, a bad adapter, and other files."""
     folder = adapters(tmp_path / "repository")
     (folder / "README.md").write_text("Adapters.\n")
     git(folder, "init", "--quiet")
@@ -44,7 +46,7 @@ def repository(git: Git, tmp_path: Path) -> Path:
     return folder
 
 
-def test_tried_from_the_repository_it_names_what_is_wrong(
+def test_the_hook_names_the_defect_of_the_bad_adapter(
     pre_commit: PreCommit, tree: Path, repository: Path
 ) -> None:
     done = pre_commit(repository, "try-repo", tree, "vera-convert-validate", "--all-files")
@@ -55,7 +57,7 @@ def test_tried_from_the_repository_it_names_what_is_wrong(
     assert "bad/adapter two" in done.stdout
 
 
-def test_it_passes_once_the_bad_one_is_gone(
+def test_the_hook_passes_without_the_bad_adapter(
     pre_commit: PreCommit, tree: Path, repository: Path, git: Git
 ) -> None:
     git(repository, "rm", "-r", "--quiet", "--cached", "bad")
@@ -64,10 +66,10 @@ def test_it_passes_once_the_bad_one_is_gone(
     assert "Passed" in done.stdout
 
 
-def test_configured_and_installed_it_stops_a_commit(
+def test_the_installed_hook_stops_a_commit(
     pre_commit: PreCommit, tree: Path, repository: Path, git: Git
 ) -> None:
-    """As the documentation has it: a config, and whichever file of an adapter is committed."""
+    """Follow the documentation: write a config, and commit any file of an adapter."""
     hook = {"id": "vera-convert-validate", "args": ["--offline"]}
     repo = {"repo": tree.as_uri(), "rev": git(tree, "rev-parse", "HEAD"), "hooks": [hook]}
     config = repository / ".pre-commit-config.yaml"

@@ -1,7 +1,7 @@
-"""`docs/Containerfile`: built where a container engine answers, and its steps by hand anywhere.
+"""`docs/Containerfile`: built if a container engine answers; the steps also run without an engine.
 
-By hand means: the files that it copies, its pip line and its entry point, in a fresh environment
-that stands for the image's Python.
+Without an engine, a test copies the same files, runs the same pip line and calls the same entry
+point in a fresh environment, which takes the place of the image's Python.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def by_hand(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of scripts of an environment that was filled as the image is."""
+    """Return the folder of scripts of an environment that was filled like the image."""
     root = tmp_path_factory.mktemp("image")
     python = root / "usr" / "local"
     venv.create(python, with_pip=True)
@@ -62,12 +62,12 @@ def by_hand(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             inside = [str(root / word[1:]) if word.startswith("/") else word for word in arguments]
             done = run(scripts / program, *inside, cwd=root)
             assert done.returncode == 0, done.stdout + done.stderr
-    # What `COPY --from=build /installed /usr/local` does.
+    # The same effect as `COPY --from=build /installed /usr/local`.
     shutil.copytree(root / "installed", python, dirs_exist_ok=True)
     return scripts
 
 
-def test_its_steps_by_hand_give_a_command_that_works(by_hand: Path, data: Path) -> None:
+def test_the_steps_without_an_engine_give_a_working_command(by_hand: Path, data: Path) -> None:
     (entry,) = (json.loads(each.text) for each in stages()[-1] if each.name == "ENTRYPOINT")
     command = [by_hand / entry[0], *entry[1:]]
     assert __version__ in run(*command, "--version", cwd=data).stdout
@@ -77,7 +77,7 @@ def test_its_steps_by_hand_give_a_command_that_works(by_hand: Path, data: Path) 
     assert run(*command, "validate", "good/adapter one", cwd=data).returncode == 0
 
 
-def test_it_installs_what_the_package_needs_and_no_more(by_hand: Path, tmp_path: Path) -> None:
+def test_the_image_installs_only_the_package_s_requirements(by_hand: Path, tmp_path: Path) -> None:
     code = """
 from importlib.util import find_spec
 print([name for name in ("torch", "transformers", "pytest", "jsonschema") if find_spec(name)])
@@ -87,7 +87,7 @@ print([name for name in ("torch", "transformers", "pytest", "jsonschema") if fin
 
 @pytest.mark.skipif(engine() is None, reason="no container engine answers here")
 @pytest.mark.skipif(sys.platform != "linux", reason="the image is one of Linux")
-def test_it_is_built_and_runs_without_root_and_network(tree: Path, data: Path) -> None:
+def test_the_image_is_built_and_runs_without_root_and_network(tree: Path, data: Path) -> None:
     name, image = str(engine()), "vera-convert-test"
     file = str(PATH.relative_to(PATH.parent.parent))
     built = run(name, "build", "--file", file, "--tag", image, ".", cwd=tree)

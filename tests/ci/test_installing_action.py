@@ -1,4 +1,6 @@
-"""The GitHub action with its installation: from its checkout, by the Python of this machine."""
+"""The GitHub action installs vera-convert from the action's checkout, with this machine's
+Python.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ def runner(tree: Path, tmp_path: Path) -> Runner:
     return Runner(tmp_path / "a runner", tree, {})
 
 
-def test_it_installs_its_checkout_and_validates(runner: Runner) -> None:
+def test_the_action_installs_its_checkout_and_validates(runner: Runner) -> None:
     adapters(runner.workspace)
     for name in ("venv", "pip", "click", "vera_convert"):
         (runner.workspace / f"{name}.py").write_text("open('MARK', 'w').close()")
@@ -28,8 +30,8 @@ def test_it_installs_its_checkout_and_validates(runner: Runner) -> None:
     assert [*runner.home.rglob("MARK")] == []
 
 
-def test_it_does_not_go_on_after_an_installation_that_failed(runner: Runner) -> None:
-    """A version that no index can hold."""
+def test_the_action_stops_after_a_failed_installation(runner: Runner) -> None:
+    """An impossible version, which no index can hold, makes the installation fail."""
     adapters(runner.workspace)
     ran = runner.run(adapters="good/adapter one", python=sys.executable, version="0.dev0+none")
     assert ran.status != 0

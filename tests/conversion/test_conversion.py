@@ -1,4 +1,4 @@
-"""strip, embed and migrate with adapter and base on the Hub, or not to be had at all."""
+"""strip, embed and migrate with adapter and base on the Hub, or with a base that is unavailable."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LARGE = 8_000_000
 
 @pytest.fixture
 def hub(server: HubServer, tmp_path: Path) -> HubServer:
-    """A Hub with the base of the good adapter, which is large."""
+    """Start a Hub with the large base of the good adapter."""
     base = tiny_base(tmp_path / "base", tensors={"model.embed_tokens.weight": (LARGE // 64, 16)})
     server.add("example/tiny-llama", bytes_by_name(base))
     return server
@@ -35,11 +35,11 @@ def access(tmp_path: Path) -> HubAccess:
     return HubAccess(cache_dir=tmp_path / "cache", progress=False)
 
 
-def asked_for(server: HubServer, repo: str) -> bool:
+def requests_for(server: HubServer, repo: str) -> bool:
     return any(repo in path for path in [*server.paths("GET"), *server.paths("HEAD")])
 
 
-def test_a_base_on_the_hub_costs_kilobytes(
+def test_of_a_base_on_the_hub_only_kilobytes_are_read(
     hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
 ) -> None:
     done = strip(adapter, tmp_path / "stripped", access=access)
@@ -66,23 +66,23 @@ def test_an_adapter_on_the_hub_is_converted_like_any_other(
     assert info("org/name/vera", access=access).location.commit == commit
 
 
-def test_no_base_is_asked_for_that_is_not_needed(
+def test_a_base_that_is_not_needed_is_not_requested(
     hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
 ) -> None:
-    embed(adapter, tmp_path / "a", access=access)  # it has them
+    embed(adapter, tmp_path / "a", access=access)  # the adapter stores A and B
     migrate(adapter, tmp_path / "b", to=Mode.ASIS, access=access)
-    assert not asked_for(hub, "example")
+    assert not requests_for(hub, "example")
     stripped(adapter)
     hub.requests.clear()
-    strip(adapter, tmp_path / "c", access=access)  # it lacks them
-    embed(adapter, tmp_path / "d", access=access)  # its fingerprint knows
+    strip(adapter, tmp_path / "c", access=access)  # the adapter stores no A and B
+    embed(adapter, tmp_path / "d", access=access)  # the fingerprint records the dims
     migrate(adapter, tmp_path / "e", to=Mode.EMBEDDED, access=access)
     migrate(adapter, tmp_path / "f", to=Mode.STRIPPED, access=access)
-    assert not asked_for(hub, "example")
+    assert not requests_for(hub, "example")
 
 
 @pytest.mark.parametrize("failures", [[503] * 9, [404] * 9, [401] * 9])
-def test_a_base_that_cannot_be_had_is_done_without_where_that_can_be(
+def test_an_unavailable_base_is_a_warning_if_the_command_works_without_the_base(
     failures: list[int], hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
 ) -> None:
     del hub.repos["example/tiny-llama"]
@@ -96,7 +96,7 @@ def test_a_base_that_cannot_be_had_is_done_without_where_that_can_be(
         embed(adapter, tmp_path / "embedded", access=access)
 
 
-def test_a_base_of_the_config_that_does_not_fit_is_done_without_too(
+def test_an_unsuitable_base_of_the_config_is_a_warning(
     hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
 ) -> None:
     hub.add("example/tiny-llama", bytes_by_name(tiny_base(tmp_path / "other", dtype="int8")))
@@ -106,7 +106,7 @@ def test_a_base_of_the_config_that_does_not_fit_is_done_without_too(
     without = strip(adapter, tmp_path / "b", access=access)
     assert codes(without) == {"V404"}
     assert "V503" in without.findings[0].reason
-    fields({"target_modules": "("})(adapter)  # this is the adapter's own fault
+    fields({"target_modules": "("})(adapter)  # an invalid pattern is the adapter's own defect
     hub.add("example/tiny-llama", bytes_by_name(tmp_path / "base"))
     with pytest.raises(Exception, match="V130"):
         strip(adapter, tmp_path / "c", access=access)
@@ -136,7 +136,7 @@ def test_the_revisions_of_adapter_and_base_are_kept_apart(
     assert by_both.base_facts.source == f"example/tiny-llama@{bases['given']}"
 
 
-def test_info_fetches_config_and_weights_alone(
+def test_info_fetches_only_config_and_weights(
     hub: HubServer, access: HubAccess, adapter: Path
 ) -> None:
     (adapter / "tokenizer.json").write_bytes(bytes(1000))
@@ -147,7 +147,7 @@ def test_info_fetches_config_and_weights_alone(
     assert {path.rpartition("/")[2] for path in asked} == {"adapter_config.json", WEIGHTS}
 
 
-def test_a_tree_of_adapters_asks_once_for_each_base_and_fetches_no_header_twice(
+def test_a_tree_of_adapters_requests_each_base_and_each_header_once(
     hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
 ) -> None:
     for name in ("a", "b", "c/d"):

@@ -1,4 +1,4 @@
-"""Conversions on a quantized base that does not decide to which dtype PEFT rounds A and B."""
+"""Conversions on a quantized base that does not show to which dtype PEFT rounds A and B."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONVERSIONS: dict[str, Convert] = {
 
 
 def unrecorded(name: str, folder: Path) -> Path:
-    """The adapter of a fixture without A and B, and without a record of them."""
+    """Write the adapter of a fixture without A and B, and without a fingerprint."""
     shutil.copytree(FIXTURES / name / "adapter", folder)
     stored = weights(folder)
     kept = {key: value for key, value in stored.items() if not key.endswith(("vera_A", "vera_B"))}
@@ -47,7 +47,7 @@ def base_of(name: str, dtype: str | None = None) -> BaseOptions:
 
 @pytest.mark.parametrize("name", UNDECIDED)
 @pytest.mark.parametrize("command", CONVERSIONS)
-def test_a_conversion_that_draws_asks_for_the_dtype(
+def test_a_conversion_that_regenerates_a_and_b_asks_for_the_dtype(
     name: str, command: str, tmp_path: Path
 ) -> None:
     adapter, out = unrecorded(name, tmp_path / "adapter"), tmp_path / "out.safetensors"
@@ -70,7 +70,7 @@ def test_a_and_b_on_layers_that_stay_fp8_are_rounded_to_fp8(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", UNDECIDED)
-def test_a_and_b_that_were_rounded_to_fp8_come_back(name: str, tmp_path: Path) -> None:
+def test_a_and_b_that_were_rounded_to_fp8_are_restored(name: str, tmp_path: Path) -> None:
     adapter = unrecorded(name, tmp_path / "adapter")
     embedded, stripped = tmp_path / "embedded", tmp_path / "stripped"
     vera_convert.embed(adapter, embedded, base=base_of(name, FP8))
@@ -86,7 +86,7 @@ def test_a_and_b_that_were_rounded_to_fp8_come_back(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", UNDECIDED)
-def test_a_merge_is_verified_with_the_dtype_that_it_records(name: str, tmp_path: Path) -> None:
+def test_a_merge_is_verified_with_its_recorded_dtype(name: str, tmp_path: Path) -> None:
     adapter, out = unrecorded(name, tmp_path / "adapter"), tmp_path / "out"
     options = vera_convert.MergeOptions(dequantize=True)
     vera_convert.merge(adapter, out, base=base_of(name, FP8), options=options)

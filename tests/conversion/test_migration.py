@@ -1,4 +1,4 @@
-"""migrate: known old and damaged forms are mended without loss; twice is once."""
+"""migrate repairs known old and damaged forms without loss; a second migration changes nothing."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ DAMAGED: dict[str, tuple[Spoiler, str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "said"), DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_form_is_mended_and_said(spoil: Spoiler, said: str, tmp_path: Path) -> None:
+def test_a_damaged_form_is_repaired_and_reported(spoil: Spoiler, said: str, tmp_path: Path) -> None:
     good = good_adapter(tmp_path / "good")
     folder = good_adapter(tmp_path / "adapter")
     spoil(folder)
@@ -196,7 +196,7 @@ UNMENDABLE: dict[str, tuple[Spoiler, str]] = {
 
 @pytest.mark.parametrize(("spoil", "code"), UNMENDABLE.values(), ids=UNMENDABLE)
 @pytest.mark.parametrize("mode", Mode)
-def test_what_cannot_be_mended_is_refused(
+def test_an_adapter_that_cannot_be_repaired_is_refused(
     spoil: Spoiler, code: str, mode: Mode, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
@@ -207,7 +207,7 @@ def test_what_cannot_be_mended_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_both_groups_of_a_mixture_are_named(tmp_path: Path) -> None:
+def test_the_refusal_of_mixed_names_shows_both_groups(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     renamed(lambda name: name.replace(f"{MODEL}model.layers.0", "model.layers.0"))(folder)
     with pytest.raises(CheckpointError, match=r"V228 model\.layers\.0\.") as caught:
@@ -218,7 +218,7 @@ def test_both_groups_of_a_mixture_are_named(tmp_path: Path) -> None:
     assert "4 names of vectors begin with the path of the layer" in str(caught.value)
 
 
-def test_a_mixture_of_two_layouts_fits_no_base(tmp_path: Path) -> None:
+def test_an_adapter_with_names_of_two_layouts_fits_no_base(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     renamed(lambda name: name.replace("model.model.layers.0", "model.language_model.layers.0"))(
         folder
@@ -260,7 +260,9 @@ def whole_names(files: dict[str, bytes]) -> set[str]:
     ("case", "base"),
     [("0.11.0/llama_bf16_proj", "llama-bf16"), ("0.12.0/gpt2_fp32_proj", "gpt2-fp32")],
 )
-def test_an_old_adapter_of_peft_goes_both_ways(case: str, base: str, tmp_path: Path) -> None:
+def test_an_old_adapter_of_peft_can_be_stripped_and_embedded_again(
+    case: str, base: str, tmp_path: Path
+) -> None:
     folder, options = (
         DATA / "fixtures" / case,
         BaseOptions(str(DATA / "fixtures" / "bases" / base)),
@@ -288,14 +290,14 @@ def test_larger_projections_are_cut_to_the_base(mode: Mode, tmp_path: Path) -> N
     assert bytes_by_name(tmp_path / "again") == bytes_by_name(tmp_path / "out")
 
 
-def test_larger_projections_are_left_where_no_base_tells(tmp_path: Path) -> None:
+def test_larger_projections_are_not_cut_without_a_base(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     LARGER(folder)
     assert migrate(folder, tmp_path / "out", to=Mode.ASIS).changes == ()
     assert refusal(lambda: migrate(folder, tmp_path / "no", to=Mode.STRIPPED)) == "V405"
 
 
-def test_what_was_cut_is_not_stripped_unless_that_is_accepted(tmp_path: Path) -> None:
+def test_cut_projections_are_stripped_only_with_accept_change(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     LARGER(folder)
     base = BaseOptions(str(tiny_base(tmp_path / "base")))
@@ -307,7 +309,7 @@ def test_what_was_cut_is_not_stripped_unless_that_is_accepted(tmp_path: Path) ->
     assert bytes_by_name(tmp_path / "b") == bytes_by_name(tmp_path / "c")
 
 
-def test_smaller_projections_are_not_cut_but_told(tmp_path: Path) -> None:
+def test_smaller_projections_are_reported_and_not_changed(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", target_modules=["q_proj", "v_proj", "down_proj"])
     base = BaseOptions(str(tiny_base(tmp_path / "base")))
     done = migrate(folder, tmp_path / "out", to=Mode.ASIS, base=base)
@@ -315,7 +317,7 @@ def test_smaller_projections_are_not_cut_but_told(tmp_path: Path) -> None:
     assert {finding.code for finding in done.findings} == {"V411", "V416"}
 
 
-def test_foreign_projections_are_cut_too(tmp_path: Path) -> None:
+def test_projections_that_are_no_draw_are_cut(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     random = np.random.default_rng(0)
     pair = {A: random.random((RANK, 20), np.float32), B: random.random((16, RANK), np.float32)}
@@ -326,7 +328,7 @@ def test_foreign_projections_are_cut_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("projections", [ProjectionSource.FILE, ProjectionSource.KEY])
-def test_which_projections_are_meant_can_be_said(
+def test_an_option_chooses_between_stored_and_regenerated_projections(
     projections: ProjectionSource, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter", save_projection=False)
@@ -363,7 +365,7 @@ def test_a_config_is_made_readable_for_an_old_peft(
         assert (tmp_path / "out" / CONFIG_NAME).read_bytes() == text
 
 
-def test_the_other_lines_of_the_config_stay_as_they_are(tmp_path: Path) -> None:
+def test_other_lines_of_the_config_are_not_changed(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     edit_config(folder, lambda old: old.replace(b"  ", b"\t").replace(b"\n", b"\r\n"))
     text = (folder / CONFIG_NAME).read_bytes()
@@ -377,7 +379,7 @@ def test_the_other_lines_of_the_config_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def write_tree(tree: Path) -> Path:
-    """A tree of a trainer's checkpoints: good, damaged and bad adapters, and other files."""
+    """Write a tree of a trainer's checkpoints: good, damaged and bad adapters, and other files."""
     good_adapter(tree / "run/checkpoint-100")
     good_adapter(tree / "run/checkpoint-200", stripped=True)
     renamed(lambda name: f"_orig_mod.{name}")(good_adapter(tree / "run/checkpoint-300"))
@@ -391,7 +393,7 @@ def write_tree(tree: Path) -> Path:
     return tree
 
 
-def test_the_good_ones_of_a_tree_are_migrated_and_the_bad_ones_told(tmp_path: Path) -> None:
+def test_good_adapters_of_a_tree_are_migrated_and_bad_adapters_reported(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree")
     before = bytes_by_name(tree)
     result = migrate_tree(tree, tmp_path / "out", to=Mode.STRIPPED)
@@ -416,7 +418,7 @@ def test_the_good_ones_of_a_tree_are_migrated_and_the_bad_ones_told(tmp_path: Pa
     assert bytes_by_name(tree) == before
 
 
-def test_a_tree_is_done_twice_without_a_change(tmp_path: Path) -> None:
+def test_a_second_migration_of_a_tree_changes_nothing(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree")
     migrate_tree(tree, tmp_path / "once", to=Mode.STRIPPED)
     result = migrate_tree(tmp_path / "once", tmp_path / "twice", to=Mode.STRIPPED)
@@ -425,7 +427,7 @@ def test_a_tree_is_done_twice_without_a_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [".", "one", "one/nested"])
-def test_adapters_inside_of_adapters_are_each_their_own(bad: str, tmp_path: Path) -> None:
+def test_an_adapter_inside_an_adapter_is_migrated_separately(bad: str, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     names = [".", "one", "one/nested", "two"]
     for name in names:
@@ -444,14 +446,14 @@ def test_adapters_inside_of_adapters_are_each_their_own(bad: str, tmp_path: Path
     assert bytes_by_name(tmp_path / "out") == kept
 
 
-def test_nothing_good_leaves_nothing(tmp_path: Path) -> None:
+def test_a_tree_without_good_adapters_leaves_no_output(tmp_path: Path) -> None:
     good_adapter(tmp_path / "tree" / "one", r=0)
     result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
     assert (result.done, [*result.failed]) == ({}, ["one"])
     assert [path.name for path in tmp_path.iterdir()] == ["tree"]
 
 
-def test_a_tree_without_adapters_is_no_tree(tmp_path: Path) -> None:
+def test_a_tree_without_adapters_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     for tree in ("tree", "gone"):
         with pytest.raises(SurroundingsError):
@@ -479,7 +481,7 @@ def test_links_are_not_followed_out_of_the_tree_nor_in_circles(tmp_path: Path) -
     assert sorted(bytes_by_name(tmp_path / "out")) == [f"one/{CONFIG_NAME}", f"one/{WEIGHTS}"]
 
 
-def test_hidden_folders_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_folders_are_skipped(tmp_path: Path) -> None:
     good_adapter(tmp_path / "tree" / ".cache" / "one")
     good_adapter(tmp_path / "tree" / "one")
     assert [*adapters_below(tmp_path / "tree")] == ["one"]
@@ -506,13 +508,13 @@ def test_out_and_inputs_of_a_tree_do_not_overlap(tmp_path: Path) -> None:
             migrate_tree(tree, out, to=Mode.ASIS, base=BaseOptions(str(base)), force=True)
 
 
-def test_a_wrong_base_is_told_once(tmp_path: Path) -> None:
+def test_a_wrong_base_is_reported_once(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree")
     with pytest.raises(SurroundingsError, match="gone"):
         migrate_tree(tree, tmp_path / "out", to=Mode.ASIS, base=BaseOptions("./gone"))
 
 
-def test_every_defect_of_the_catalog_leaves_the_others_of_a_tree_alone(tmp_path: Path) -> None:
+def test_a_defective_adapter_does_not_stop_the_others_of_a_tree(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     good_adapter(tree / "good")
     small = [
@@ -554,7 +556,7 @@ def test_progress_of_a_failing_disk_stops_the_tree(
     assert [path.name for path in tmp_path.iterdir()] == ["tree"]
 
 
-def test_a_tree_tells_what_lies_in_no_adapter(tmp_path: Path) -> None:
+def test_files_of_a_tree_outside_of_adapters_are_reported(tmp_path: Path) -> None:
     good_adapter(tmp_path / "tree" / "one")
     (tmp_path / "tree" / "notes.txt").write_text("mine")
     (tmp_path / "tree" / "link").symlink_to(tmp_path / "tree" / "one")
@@ -563,7 +565,7 @@ def test_a_tree_tells_what_lies_in_no_adapter(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["one"]
 
 
-def test_folders_that_lie_absurdly_deep_are_refused(tmp_path: Path) -> None:
+def test_too_deep_folders_are_refused(tmp_path: Path) -> None:
     good_adapter(tmp_path / "tree" / "one")
     deep = Path(tmp_path, "tree", *["d"] * 120)
     deep.mkdir(parents=True)
@@ -573,9 +575,7 @@ def test_folders_that_lie_absurdly_deep_are_refused(tmp_path: Path) -> None:
     assert "more than 100 folders deep" in str(error)
 
 
-def test_an_adapter_that_lies_absurdly_deep_is_reported_with_the_limit(
-    tmp_path: Path, run: Run
-) -> None:
+def test_a_too_deep_adapter_is_reported_with_the_limit(tmp_path: Path, run: Run) -> None:
     good_adapter(tmp_path / "tree" / "one")
     good_adapter(Path(tmp_path, "tree", *["d"] * 200, "two"))
     ended = run("migrate", "--recursive", tmp_path / "tree", tmp_path / "out", "--to", "asis")
@@ -584,7 +584,7 @@ def test_an_adapter_that_lies_absurdly_deep_is_reported_with_the_limit(
     assert "no defect of it" not in ended.out
 
 
-def test_a_folder_that_cannot_be_listed_stops_no_other(
+def test_a_folder_that_cannot_be_listed_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good_adapter(tmp_path / "tree" / "one")

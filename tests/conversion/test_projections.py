@@ -1,4 +1,4 @@
-"""A and B drawn or dropped where something is not known, or file, flag and key disagree."""
+"""A and B are regenerated or dropped although a fact is missing, or file, flag and key disagree."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.draws.recognition import recognize
 from vera_convert.errors import SurroundingsError, UsageError
 
-# --- what is not known ---------------------------------------------------------------------------
+# --- missing facts -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ from vera_convert.errors import SurroundingsError, UsageError
     ids=str,
 )
 @pytest.mark.parametrize("name", [None, "/data/llama", "C:\\models\\llama"])
-def test_embed_asks_for_what_it_must_know(
+def test_embed_asks_for_missing_facts(
     options: BaseOptions, said: str, name: str | None, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True, base_model_name_or_path=name)
@@ -54,13 +54,13 @@ def test_embed_asks_for_what_it_must_know(
     assert not (tmp_path / "out").exists()
 
 
-def test_embed_must_have_the_base_that_only_the_config_names(tmp_path: Path) -> None:
+def test_embed_needs_the_base_that_the_config_names(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True)
     with pytest.raises(SurroundingsError, match="example/tiny-llama"):
         embed(folder, tmp_path / "out")
 
 
-def test_embed_says_what_it_drew_where_nothing_is_proven(tmp_path: Path) -> None:
+def test_embed_reports_the_draw_if_no_fingerprint_proves_the_draw(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True)
     options = BaseOptions(in_features=16, out_features=16, dtype="float32")
     done = embed(folder, tmp_path / "out", base=options)
@@ -80,14 +80,14 @@ def test_embed_says_what_it_drew_where_nothing_is_proven(tmp_path: Path) -> None
         (np.float64, "float32", "F64"),
         (ml_dtypes.bfloat16, "bfloat16", "BF16"),
         (np.float16, "float16", "F16"),
-        # Where the lambdas' type cannot hold every value, float32 does.
+        # If the lambdas' dtype cannot hold every value, A and B are stored in float32.
         (ml_dtypes.bfloat16, "float32", "F32"),
         (ml_dtypes.bfloat16, "float16", "F32"),
-        # bfloat16 has fewer digits than float16, which holds all but the smallest of its values.
+        # bfloat16 has fewer digits than float16, and float16 holds all but its smallest values.
         (np.float16, "bfloat16", "F16"),
     ],
 )
-def test_projections_are_stored_as_the_lambdas_are_if_that_is_exact(
+def test_projections_are_stored_in_the_dtype_of_the_lambdas_if_that_is_exact(
     lambdas: Any, dtype: str, stored: str, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True)
@@ -102,7 +102,7 @@ def test_projections_are_stored_as_the_lambdas_are_if_that_is_exact(
 
 @pytest.mark.parametrize("variant", Variant)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-def test_a_generator_can_be_asked_for(variant: Variant, dtype: str, tmp_path: Path) -> None:
+def test_an_option_chooses_the_generator(variant: Variant, dtype: str, tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True)
     if dtype == "float64":
         tensors(lambda all_: {name: array.astype("f8") for name, array in all_.items()})(folder)
@@ -119,7 +119,7 @@ def test_a_generator_can_be_asked_for(variant: Variant, dtype: str, tmp_path: Pa
     assert np.array_equal(again[0].astype(np.float64), expected[A])
 
 
-def test_strip_without_a_base_says_on_which_dtype_they_come_back(tmp_path: Path) -> None:
+def test_strip_without_a_base_names_the_base_dtypes_that_restore_a_and_b(tmp_path: Path) -> None:
     for rounding, dtype in ((Rounding.NONE, "float32"), (Rounding.BF16, "bfloat16")):
         folder = good_adapter(tmp_path / f"adapter-{dtype}")
         drawn(rounding=rounding)(folder)
@@ -138,7 +138,7 @@ def test_an_option_for_the_dtype_proves_the_rounding_but_not_the_width(tmp_path:
     assert "the width of A" in done.findings[0].reason
 
 
-def test_what_was_accepted_comes_back_even_though_the_base_would_have_it_otherwise(
+def test_a_stripped_pair_is_restored_although_the_base_would_round_differently(
     tmp_path: Path,
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
@@ -166,7 +166,7 @@ DENIED = fields({"save_projection": False})
 @pytest.mark.parametrize(
     ("spoil", "projections", "outcome"),
     [
-        # the flag is true: the file's count, unless the key's are asked for
+        # the flag is true: the stored A and B are used, unless the option asks for the key's
         (all_of(), "auto", "same"),
         (all_of(), "file", "same"),
         (all_of(), "key", "same"),
@@ -175,7 +175,7 @@ DENIED = fields({"save_projection": False})
         (OTHERS, "key", "replaced"),
         (BF16, "auto", "V403"),
         (BF16, "key", "replaced"),
-        # the flag is false: an option decides between unequal pairs
+        # the flag is false: an option decides between different pairs
         (DENIED, "auto", "same"),
         (DENIED, "file", "same"),
         (DENIED, "key", "same"),
@@ -187,7 +187,7 @@ DENIED = fields({"save_projection": False})
         (all_of(BF16, DENIED), "key", "replaced"),
     ],
 )
-def test_strip_takes_what_is_meant(
+def test_strip_uses_the_right_projections(
     spoil: Callable[[Path], None], projections: str, outcome: str, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
@@ -235,7 +235,7 @@ def test_strip_takes_what_is_meant(
         (all_of(BF16, DENIED), "file", "file"),
     ],
 )
-def test_embed_takes_what_is_meant(
+def test_embed_uses_the_right_projections(
     spoil: Callable[[Path], None], projections: str, outcome: str, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
@@ -263,7 +263,7 @@ def test_embed_takes_what_is_meant(
     assert np.array_equal(weights(tmp_path / "out")[B], expected[B])
 
 
-def test_the_keys_projections_cannot_be_had_without_a_dtype(tmp_path: Path) -> None:
+def test_the_key_s_projections_need_a_dtype(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", base_model_name_or_path=None)
     OTHERS(folder)
     for act in (strip, embed):
@@ -274,7 +274,7 @@ def test_the_keys_projections_cannot_be_had_without_a_dtype(tmp_path: Path) -> N
         assert "replaced A and B by the draw of the config's key" in done.changes[0]
 
 
-def test_the_key_is_meant_whatever_a_fingerprint_says(tmp_path: Path) -> None:
+def test_the_option_key_takes_precedence_over_a_fingerprint(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     drawn(variant=Variant.FLOAT32_SEPARATE)(folder)
     options = BaseOptions(dtype="float32")
@@ -289,7 +289,7 @@ def test_the_key_is_meant_whatever_a_fingerprint_says(tmp_path: Path) -> None:
     assert restored.variant is Variant.FLOAT32_SEPARATE
 
 
-def test_a_float64_draw_is_whole_in_a_file_of_its_own(tmp_path: Path) -> None:
+def test_a_float64_draw_is_not_rounded_in_a_separate_file(tmp_path: Path) -> None:
     """The dtype of the lambdas does not matter; the report names the stored dtype."""
     folder = good_adapter(tmp_path / "adapter", stripped=True)
     options = BaseOptions(dtype="float64", in_features=16, out_features=16)

@@ -1,4 +1,4 @@
-"""strip and embed: nothing is dropped that does not come back, to the very bytes."""
+"""strip drops A and B only if embed restores the same bytes."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def case_name(path: Path) -> str:
 # --- what PEFT wrote -----------------------------------------------------------------------------
 
 
-def test_all_of_the_fixtures_are_there() -> None:
+def test_no_fixture_is_missing() -> None:
     assert (len(ADAPTERS), len(FOREIGN), len(EMBEDDED), len(STRIPPED)) == (74, 2, 48, 24)
     assert len(EXPECTED) == 98
 
 
 @pytest.mark.parametrize("path", EXPECTED, ids=case_name)
-def test_the_projections_are_those_that_peft_had_in_effect(path: Path) -> None:
+def test_the_projections_equal_those_in_effect_in_peft(path: Path) -> None:
     expected = json.loads(path.read_bytes())
     # PEFT 0.21 works like `auto`; PEFT up to 0.20 ignored the file.
     by_key = expected["projection_source"] == "key"
@@ -89,7 +89,7 @@ def test_the_projections_are_those_that_peft_had_in_effect(path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", EMBEDDED, ids=case_name)
-def test_strip_and_embed_give_the_very_bytes_back(folder: Path, tmp_path: Path) -> None:
+def test_strip_and_embed_restore_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     before = bytes_by_name(folder)
     done = strip(folder, tmp_path / "stripped", base=base_of(folder))
     assert not done.embedded
@@ -120,14 +120,14 @@ def test_a_stripped_adapter_is_copied_and_embedded_for_its_base(
     expected = json.loads((folder / "expected.json").read_bytes())["projections_in_effect"]
     assert [*stored[A].shape] == expected["vera_A"]["shape"]
     assert [*stored[B].shape] == expected["vera_B"]["shape"]
-    # It is a draw that strip knows, so nothing is lost by the way back.
+    # strip recognizes the draw, so strip can undo embed.
     strip(tmp_path / "embedded", tmp_path / "again", base=base_of(folder))
     assert weights(tmp_path / "again").keys() == weights(folder).keys()
 
 
 @pytest.mark.parametrize("folder", FOREIGN, ids=case_name)
 @pytest.mark.parametrize("accept_change", [False, True])
-def test_foreign_projections_are_never_stripped(
+def test_projections_that_are_no_draw_are_never_stripped(
     folder: Path, tmp_path: Path, *, accept_change: bool
 ) -> None:
     out = tmp_path / "out"
@@ -138,7 +138,7 @@ def test_foreign_projections_are_never_stripped(
     assert bytes_by_name(out) == bytes_by_name(folder)
 
 
-def test_the_trained_adapter_comes_back_from_its_own_model(
+def test_the_trained_adapter_is_restored_with_its_base(
     minilm: Path, minilm_model: Path, tmp_path: Path
 ) -> None:
     source, base = minilm / "save_projection_true", BaseOptions(str(minilm_model))
@@ -155,14 +155,16 @@ def test_the_trained_adapter_comes_back_from_its_own_model(
 
 
 def tiny_options(base: str, folder: Path) -> BaseOptions:
-    """A base whose first layer is of the first dtype and the second of the second."""
+    """Write a base with one dtype for the first layer and another for the second layer."""
     first, _, second = base.partition("+")
     dtypes = {"layers.0": first, "layers.1": second or first}
     return BaseOptions(str(tiny_base(folder, dtype=first, dtypes=dtypes)))
 
 
 def draws() -> Iterator[tuple[Variant, str, str]]:
-    """Every variant on every base, stored in float32; the usual one in every type that can be."""
+    """Yield every variant on every base in float32, and the usual variant in every possible
+    dtype.
+    """
     for variant in Variant:
         for base in ROUNDINGS:
             for dtype in STORED if variant is Variant.FLOAT32_FUSED else ("F32", "F64"):
@@ -177,14 +179,14 @@ def equal(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]] | N
 
 
 @pytest.mark.parametrize(("variant", "base", "dtype"), [*draws()])
-def test_every_draw_on_every_base_comes_back(
+def test_every_draw_on_every_base_is_restored(
     variant: Variant, base: str, dtype: str, tmp_path: Path
 ) -> None:
     pair = as_peft_stored(variant, base, dtype)
     assert pair is not None
     folder = good_adapter(tmp_path / "adapter", tensors=pair)
     options = tiny_options(base, tmp_path / "base")
-    orders = {base, "+".join(reversed(base.split("+")))}  # the order does not stand in headers
+    orders = {base, "+".join(reversed(base.split("+")))}  # headers do not show the order
     usual = [as_peft_stored(Variant.FLOAT32_FUSED, order, "F64") for order in orders]
     same = any(equal(pair, each) for each in usual)
     told = {finding.code for finding in validate([folder], base=options).adapters[0].findings}
@@ -200,13 +202,13 @@ def test_every_draw_on_every_base_comes_back(
 
 @pytest.mark.parametrize("base", ["float32", "bfloat16", "float16", "float16+bfloat16"])
 @pytest.mark.parametrize("origin", ["float32", "bfloat16", "float16", "bfloat16+float16"])
-def test_what_a_base_rounds_otherwise_is_refused_with_the_difference(
+def test_projections_that_the_base_rounds_differently_are_refused_with_the_difference(
     origin: str, base: str, tmp_path: Path
 ) -> None:
     pair = as_peft_stored(Variant.FLOAT32_FUSED, origin, "F32")
     folder = good_adapter(tmp_path / "adapter", tensors=pair)
     options = tiny_options(base, tmp_path / "base")
-    # float16 keeps all values that bfloat16 keeps, and headers do not tell the order of two casts.
+    # float16 keeps all values that bfloat16 keeps, and headers do not show the order of two casts.
     same = {origin, base} <= {"bfloat16", "bfloat16+float16", "float16+bfloat16"} and (
         "+" in base or "float16+bfloat16" not in (origin, base)
     )
@@ -225,7 +227,7 @@ def test_what_a_base_rounds_otherwise_is_refused_with_the_difference(
 
 
 @pytest.mark.parametrize(("option", "base"), [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_the_dtype_given_counts_more_than_that_of_the_files(
+def test_the_option_base_dtype_takes_precedence_over_the_files(
     option: str, base: str, tmp_path: Path
 ) -> None:
     pair = as_peft_stored(Variant.FLOAT32_FUSED, option, "F32")
@@ -235,7 +237,7 @@ def test_the_dtype_given_counts_more_than_that_of_the_files(
     assert refusal(lambda: strip(folder, tmp_path / "b", base=BaseOptions(model))) == "V403"
 
 
-def test_a_wider_draw_that_was_cut_comes_back_cut(tmp_path: Path) -> None:
+def test_a_wider_draw_that_was_cut_is_restored_with_the_cut(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     drawn(width=24, kept=16)(folder)
     options = BaseOptions(str(tiny_base(tmp_path / "base")))
@@ -251,7 +253,7 @@ def test_a_wider_draw_that_was_cut_comes_back_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [A, B])
 @pytest.mark.parametrize("place", [(0, 0), (3, 3), (-1, -1)])
 @pytest.mark.parametrize("bit", [0, 31])
-def test_one_flipped_bit_is_enough(
+def test_a_single_flipped_bit_is_refused(
     name: str, place: tuple[int, int], bit: int, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
@@ -272,7 +274,7 @@ def test_the_draw_of_another_key_is_named_and_never_stripped(key: int, tmp_path:
         strip(folder, tmp_path / "out", accept_change=True)
 
 
-def test_a_negative_key_comes_back(tmp_path: Path) -> None:
+def test_a_negative_key_is_restored(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", projection_prng_key=-1)
     drawn(key=-1)(folder)
     strip(folder, tmp_path / "stripped", base=BaseOptions(str(tiny_base(tmp_path / "base"))))
@@ -280,10 +282,10 @@ def test_a_negative_key_comes_back(tmp_path: Path) -> None:
     assert bytes_by_name(tmp_path / "embedded") == bytes_by_name(folder)
 
 
-# --- what passes through -------------------------------------------------------------------------
+# --- metadata, fields and files that are kept ----------------------------------------------------
 
 
-def test_metadata_and_unknown_fields_pass_through(tmp_path: Path) -> None:
+def test_metadata_and_unknown_fields_are_kept(tmp_path: Path) -> None:
     notes = {"format": "pt", "note": 'zwölf\n"\u2028', "a": ""}
     folder = good_adapter(tmp_path / "adapter", metadata=notes, foo_config={"b": [1, None]})
     strip(folder, tmp_path / "stripped")
@@ -293,7 +295,7 @@ def test_metadata_and_unknown_fields_pass_through(tmp_path: Path) -> None:
     assert (tmp_path / "embedded" / CONFIG_NAME).read_bytes() == (folder / CONFIG_NAME).read_bytes()
 
 
-def test_a_file_without_metadata_comes_back_without(tmp_path: Path) -> None:
+def test_a_file_without_metadata_is_restored_without_metadata(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     save_file(weights(folder), folder / WEIGHTS)
     strip(folder, tmp_path / "stripped")
@@ -301,7 +303,7 @@ def test_a_file_without_metadata_comes_back_without(tmp_path: Path) -> None:
     assert bytes_by_name(tmp_path / "embedded") == bytes_by_name(folder)
 
 
-def test_the_fingerprint_records_what_was_dropped(tmp_path: Path) -> None:
+def test_the_fingerprint_records_the_dropped_matrices(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     strip(folder, tmp_path / "stripped")
     recorded = from_text(metadata(tmp_path / "stripped")[METADATA_KEY], place="weights")
@@ -340,7 +342,7 @@ def test_repeated_projections_are_all_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", [strip, embed])
-def test_an_input_that_changes_meanwhile_is_noticed(
+def test_an_input_that_changes_during_strip_is_noticed(
     run: Callable[..., Conversion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
@@ -356,10 +358,10 @@ def test_an_input_that_changes_meanwhile_is_noticed(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
-def test_out_is_not_overwritten_nor_put_into_an_input(tmp_path: Path) -> None:
+def test_an_existing_out_and_an_out_inside_an_input_are_refused(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     outs = [folder, folder / "out", tmp_path]
-    if os.name == "posix":  # links need rights on Windows
+    if os.name == "posix":  # links need a permission on Windows
         (tmp_path / "link").symlink_to(folder, target_is_directory=True)
         outs.append(tmp_path / "link" / "out")
     for out in outs:
@@ -380,7 +382,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert bytes_by_name(tmp_path / "out0") == bytes_by_name(tmp_path / "out1")
 
 
-def test_a_config_without_the_flag_gets_it(tmp_path: Path) -> None:
+def test_a_config_without_save_projection_gets_the_field(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     text = (folder / CONFIG_NAME).read_bytes()
     bare = text.replace(b'  "save_projection": true,\n', b"")
@@ -395,7 +397,7 @@ def test_a_config_without_the_flag_gets_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["stripped", "embedded"])
 @pytest.mark.parametrize("command", ["same", "asis"])
-def test_an_adapter_that_has_the_form_already_keeps_every_byte_of_its_file(
+def test_an_adapter_that_already_has_the_form_keeps_every_byte(
     form: str, command: str, tmp_path: Path, run: Run
 ) -> None:
     adapter = good_adapter(tmp_path / "adapter", stripped=form == "stripped")

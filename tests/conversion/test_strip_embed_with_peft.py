@@ -1,4 +1,4 @@
-"""The installed PEFT computes the same logits from converted adapters as from the originals."""
+"""The installed PEFT computes the same logits from converted adapters and from the originals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ Logits = Callable[[Path], NDArray[Any]]
 
 
 def logits_on(base: Path, model_class: Any) -> Logits:
-    """Return what gives the logits of the base with an adapter, in the base's own dtype."""
+    """Return a function that computes the logits of the base with an adapter, in the base's
+    dtype.
+    """
 
     def logits(folder: Path) -> NDArray[Any]:
         model = model_class.from_pretrained(base, **AS_STORED)
@@ -67,7 +69,9 @@ def fixture(case: str) -> tuple[Path, BaseOptions, Logits]:
         "0.11.0/llama_bf16_proj",
     ],
 )
-def test_stripped_and_embedded_again_it_gives_the_same_logits(case: str, tmp_path: Path) -> None:
+def test_an_adapter_stripped_and_embedded_again_gives_the_same_logits(
+    case: str, tmp_path: Path
+) -> None:
     folder, base, logits = fixture(case)
     strip(folder, tmp_path / "stripped", base=base)
     embed(tmp_path / "stripped", tmp_path / "embedded", base=base)
@@ -77,7 +81,7 @@ def test_stripped_and_embedded_again_it_gives_the_same_logits(case: str, tmp_pat
 
 
 @pytest.mark.parametrize("case", ["0.21.2/llama_bf16_noproj", "0.12.0/llama_fp32_noproj"])
-def test_what_peft_saved_without_projections_gives_the_same_with_ours(
+def test_an_adapter_that_peft_saved_without_projections_gives_the_same_logits_with_ours(
     case: str, tmp_path: Path
 ) -> None:
     folder, base, logits = fixture(case)
@@ -97,7 +101,7 @@ def test_the_trained_adapter_gives_the_same_embeddings(
     assert np.array_equal(logits(tmp_path / "embedded"), expected)
 
 
-def test_a_cut_adapter_loads_where_the_larger_one_did_not(tmp_path: Path) -> None:
+def test_an_adapter_whose_a_and_b_are_cut_loads_in_peft(tmp_path: Path) -> None:
     folder, base, logits = fixture("0.21.2/llama_fp32_proj")
     larger = tmp_path / "larger"
     larger.mkdir()
@@ -118,7 +122,7 @@ def test_a_cut_adapter_loads_where_the_larger_one_did_not(tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
-def test_a_mended_adapter_loads_where_the_damaged_one_does_nothing(tmp_path: Path) -> None:
+def test_a_repaired_adapter_has_an_effect_in_peft(tmp_path: Path) -> None:
     folder, base, logits = fixture("0.21.2/llama_fp32_noproj")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
@@ -147,9 +151,7 @@ def test_a_mended_adapter_loads_where_the_damaged_one_does_nothing(tmp_path: Pat
         lambda name: f"base_model.model.{name}",
     ],
 )
-def test_names_that_peft_loads_as_nothing_are_mended(
-    damage: Callable[[str], str], tmp_path: Path
-) -> None:
+def test_names_that_peft_ignores_are_repaired(damage: Callable[[str], str], tmp_path: Path) -> None:
     folder, _, logits = fixture("0.21.2/llama_fp32_noproj")
     damaged = tmp_path / "damaged"
     damaged.mkdir()

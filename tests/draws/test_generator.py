@@ -42,7 +42,7 @@ REFUSED_KEYS = [2**64, -(2**63) - 1, True, None, 1.0, "0"]
 
 
 def variant_of(dtype: str, environment: str) -> Variant:
-    """Say which variant an environment such as ``2.7.1+cu126|x86_64|AVX2`` must have drawn."""
+    """Return the variant that an environment such as ``2.7.1+cu126|x86_64|AVX2`` draws."""
     version, machine, capability = environment.split("|")
     major, minor = (int(part) for part in version.split(".")[:2])
     path = "fused" if machine == "aarch64" or capability in ("AVX2", "AVX512") else "separate"
@@ -61,7 +61,7 @@ def hex_of_first(array: NDArray[Any], count: int) -> list[str]:
     return [value.tobytes().hex() for value in array.flat[:count]]
 
 
-# --- against what torch drew ---------------------------------------------------------------------
+# --- compared with torch -------------------------------------------------------------------------
 
 
 def golden_cases() -> list[Any]:
@@ -75,7 +75,7 @@ def golden_cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("variant", "case"), golden_cases())
-def test_gives_the_bytes_that_torch_gave(variant: Variant, case: dict[str, Any]) -> None:
+def test_a_draw_has_the_bytes_that_torch_drew(variant: Variant, case: dict[str, Any]) -> None:
     A, B = Draw(
         variant,
         key=case["seed"],
@@ -116,7 +116,7 @@ def test_the_page_of_projections_names_the_releases_that_were_checked() -> None:
         (0, "float16-torch2.12-fused", "3398 b330 36b3", "a2f9e6ca3819889c", "cf33e15fe62afadf"),
     ],
 )
-def test_gives_the_documented_vectors(
+def test_a_draw_has_the_documented_values(
     key: int, variant: str, first: str, sha_A: str, sha_B: str
 ) -> None:
     A, B = Draw(Variant(variant), key=key, rank=4, in_features=80, out_features=48).matrices()
@@ -126,7 +126,7 @@ def test_gives_the_documented_vectors(
 
 
 def torch_draw(key: int, rank: int, in_features: int, out_features: int, dtype: str) -> list[Any]:
-    """Draw A and B with torch itself, as PEFT does it under this default dtype."""
+    """Draw A and B with torch, as PEFT does under this default dtype."""
     torch = pytest.importorskip("torch")
     source = torch.Generator("cpu").manual_seed(key)
     pair = []
@@ -157,7 +157,7 @@ def variant_of_this_torch(dtype: str) -> Variant:
     in_features=st.integers(1, 700),
     out_features=st.integers(1, 700),
 )
-def test_agrees_with_the_installed_torch(
+def test_a_draw_equals_that_of_the_installed_torch(
     dtype: str, key: int, rank: int, in_features: int, out_features: int
 ) -> None:
     drawn = Draw(
@@ -171,7 +171,7 @@ def test_agrees_with_the_installed_torch(
     assert [matrix.tobytes() for matrix in drawn] == [bytes_of(matrix) for matrix in expected]
 
 
-def test_agrees_with_torch_without_vector_instructions() -> None:
+def test_a_draw_equals_that_of_torch_without_vector_instructions() -> None:
     pytest.importorskip("torch")
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("only x86-64 has a path that rounds separately")
@@ -213,7 +213,7 @@ def test_layers_of_the_peft_documentation_share_the_largest_dims() -> None:
 
 
 @pytest.mark.parametrize("key", REFUSED_KEYS)
-def test_refuses_a_key_that_torch_refuses(key: Any) -> None:
+def test_a_key_that_torch_refuses_is_refused(key: Any) -> None:
     with pytest.raises(ValueError, match="the key must"):
         check_key(key)
     with pytest.raises(ValueError, match="the key must"):
@@ -221,14 +221,14 @@ def test_refuses_a_key_that_torch_refuses(key: Any) -> None:
 
 
 @pytest.mark.parametrize("key", REFUSED_KEYS)
-def test_torch_does_refuse_it(key: Any) -> None:
+def test_torch_refuses_the_refused_keys(key: Any) -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises((RuntimeError, TypeError, ValueError)):
         torch.Generator("cpu").manual_seed(key)
 
 
 @given(KEYS)
-def test_takes_every_key_that_torch_takes(key: int) -> None:
+def test_every_key_that_torch_accepts_is_accepted(key: int) -> None:
     assert check_key(key) == key
 
 
@@ -241,7 +241,7 @@ def test_only_the_low_32_bits_of_a_key_count(key: int) -> None:
 
 
 @pytest.mark.parametrize("dims", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (-1, 1, 1)])
-def test_refuses_dims_below_one(dims: tuple[int, int, int]) -> None:
+def test_dims_below_one_are_refused(dims: tuple[int, int, int]) -> None:
     rank, in_features, out_features = dims
     with pytest.raises(ValueError, match="at least one"):
         Draw(
@@ -258,11 +258,11 @@ def test_refuses_dims_below_one(dims: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("variant", Variant)
 @pytest.mark.parametrize("block", [1, 7, 1000])
-def test_blocks_are_the_same_values(
+def test_blocks_have_the_values_of_the_complete_draw(
     variant: Variant, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     A, B = Draw(variant, key=9, rank=5, in_features=17, out_features=13).matrices()
-    monkeypatch.setattr(generator, "BLOCK", 4)  # so that one call takes several steps
+    monkeypatch.setattr(generator, "BLOCK", 4)  # so that a call takes several steps
     whole = Draw(variant, 9, 5, 17, 13)
     blocks = list(redrawn(whole, in_features=17, out_features=13, block=block))
     assert all(len(rows) == 1 or rows.size <= block for _, _, rows in blocks)
@@ -270,7 +270,7 @@ def test_blocks_are_the_same_values(
 
 
 @pytest.mark.parametrize("variant", Variant)
-def test_memory_is_the_result_and_a_bounded_block(variant: Variant) -> None:
+def test_a_draw_takes_memory_for_the_result_and_a_limited_block(variant: Variant) -> None:
     tracemalloc.start()
     try:
         A, B = Draw(variant, key=0, rank=64, in_features=20_000, out_features=20_000).matrices()
@@ -289,7 +289,7 @@ def test_memory_is_the_result_and_a_bounded_block(variant: Variant) -> None:
 # --- rounding ------------------------------------------------------------------------------------
 
 
-def test_rounds_to_nearest_even() -> None:
+def test_rounding_is_to_nearest_ties_to_even() -> None:
     ties = np.array([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, -0.0], np.float32)
     assert rounded(ties, Rounding.BF16).tolist() == [1, 1 + 2**-6, -1, 0]
     assert np.signbit(rounded(ties, Rounding.BF16)[3])
@@ -297,20 +297,20 @@ def test_rounds_to_nearest_even() -> None:
     assert rounded(ties, Rounding.FP16).tolist() == [1, 1 + 2**-9, 0, 2**-23]
 
 
-def test_order_of_two_roundings_counts() -> None:
+def test_the_order_of_two_roundings_matters() -> None:
     tiny = np.array([2**-25], np.float32)  # too small for float16
     assert rounded(tiny, Rounding.BF16_FP16) == rounded(tiny, Rounding.FP16_BF16) == 0
     value = np.array([2**-23 * (1 + 2**-2 + 2**-9)], np.float32)
     assert rounded(value, Rounding.FP16_BF16)[0] != rounded(value, Rounding.BF16_FP16)[0]
 
 
-def test_without_rounding_the_array_itself_comes_back() -> None:
+def test_without_rounding_the_array_itself_is_returned() -> None:
     for dtype in (np.float64, np.float32, ml_dtypes.bfloat16, np.float16):
         array = np.ones((2, 3), dtype)
         assert rounded(array, Rounding.NONE) is array
 
 
-def test_float64_reaches_16_bits_by_way_of_float32() -> None:
+def test_float64_is_rounded_to_float32_before_16_bits() -> None:
     above_ties = np.array([[1 + 2.0**-8 + 2.0**-40], [1 + 2.0**-11 + 2.0**-40]])
     once = rounded(above_ties, Rounding.BF16)
     assert once.dtype == np.float32
@@ -326,9 +326,9 @@ def test_float64_reaches_16_bits_by_way_of_float32() -> None:
     values=st.lists(st.floats(allow_nan=False), min_size=1, max_size=20),
     dtype=st.sampled_from([np.float32, np.float64]),
 )
-def test_rounds_as_torch_casts(rounding: Rounding, values: list[float], dtype: Any) -> None:
+def test_rounding_equals_torch_s_casts(rounding: Rounding, values: list[float], dtype: Any) -> None:
     torch = pytest.importorskip("torch")
-    if rounding is Rounding.FP8:  # beyond that PyTorch's releases differ; no draw exceeds 2.5
+    if rounding is Rounding.FP8:  # for larger values PyTorch's releases differ; no draw exceeds 2.5
         values = [min(max(value, -448), 448) for value in values]
     with np.errstate(over="ignore"):
         array = np.array(values, dtype)
@@ -347,7 +347,7 @@ def test_rounds_as_torch_casts(rounding: Rounding, values: list[float], dtype: A
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5), st.integers(1, 227))
 @settings(max_examples=20, deadline=None)
-def test_words_of_many_keys_are_those_of_each(keys: list[int], count: int) -> None:
+def test_words_of_many_keys_equal_those_of_each_key(keys: list[int], count: int) -> None:
     words = first_words(np.array(keys, np.uint32), count)
     for key, column in zip(keys, words.T, strict=True):
         expected = np.random.RandomState(key).randint(0, 2**32, count, dtype=np.uint32)
@@ -355,7 +355,7 @@ def test_words_of_many_keys_are_those_of_each(keys: list[int], count: int) -> No
 
 
 @pytest.mark.parametrize("variant", Variant)
-def test_values_of_words_are_those_of_the_draw(variant: Variant) -> None:
+def test_values_of_words_equal_those_of_the_draw(variant: Variant) -> None:
     words = first_words(np.array([3], np.uint32), 200)
     centered = centered_words(variant, words)[:100, 0]
     assert centered.tolist() == Source(variant, key=3).centered(100).tolist()

@@ -38,7 +38,9 @@ Pair = tuple[NDArray[Any], NDArray[Any]]
 
 
 def pair_of(made: Draw, *, dtype: Any = None, inputs: int = 0, outputs: int = 0) -> Pair:
-    """Return A and B of a draw as a file would hold them, cut to so many inputs and outputs."""
+    """Return A and B of a draw as a file would hold both, cut to this number of inputs and
+    outputs.
+    """
     A, B = made.matrices()
     A, B = A[:, : inputs or None], B[: outputs or None]
     if dtype is None:
@@ -47,7 +49,7 @@ def pair_of(made: Draw, *, dtype: Any = None, inputs: int = 0, outputs: int = 0)
 
 
 def assert_is(recognition: Recognition, made: Draw, A: NDArray[Any], B: NDArray[Any]) -> None:
-    """Hold a recognition against the draw that the pair was made of, or an equal one before it."""
+    """Check that a recognition names the draw of the pair, or an equal draw that comes first."""
     found = recognition.draw
     assert found is not None
     assert recognition.nearest == found
@@ -62,11 +64,11 @@ def assert_is(recognition: Recognition, made: Draw, A: NDArray[Any], B: NDArray[
         assert stored.astype(np.float64).tobytes() == matrix.astype(np.float64).tobytes()
 
 
-# --- which draw it is ----------------------------------------------------------------------------
+# --- the recognized draw -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("variant", "rounding"), DRAWS)
-def test_recognizes_every_variant_and_rounding(variant: Variant, rounding: Rounding) -> None:
+def test_every_variant_and_rounding_is_recognized(variant: Variant, rounding: Rounding) -> None:
     made = Draw(variant, 3, rank=8, in_features=96, out_features=64, rounding=rounding)
     A, B = pair_of(made)
     recognition = recognize(A, B, key=3, search=False)
@@ -74,7 +76,7 @@ def test_recognizes_every_variant_and_rounding(variant: Variant, rounding: Round
 
 
 @pytest.mark.parametrize(("variant", "rounding"), FEW_DRAWS)
-def test_the_dtype_of_storage_does_not_matter(variant: Variant, rounding: Rounding) -> None:
+def test_the_stored_dtype_does_not_matter(variant: Variant, rounding: Rounding) -> None:
     made = Draw(variant, 3, rank=8, in_features=96, out_features=64, rounding=rounding)
     exact = pair_of(made)
     expected = recognize(*exact, key=3).draw
@@ -102,12 +104,14 @@ def test_the_dtype_of_storage_does_not_matter(variant: Variant, rounding: Roundi
         (Variant.FLOAT64_FUSED, Rounding.FP32),
     ],
 )
-def test_tells_apart_what_differs_seldom(variant: Variant, rounding: Rounding) -> None:
+def test_draws_that_differ_in_few_values_are_distinguished(
+    variant: Variant, rounding: Rounding
+) -> None:
     made = Draw(variant, 3, rank=64, in_features=300, out_features=500, rounding=rounding)
     assert recognize(*pair_of(made), key=3).draw == made
 
 
-def test_prefers_float32_fused_where_variants_agree() -> None:
+def test_float32_fused_is_preferred_if_variants_agree() -> None:
     for variant in (Variant.FLOAT32_SEPARATE, Variant.BFLOAT16_2_12_SEPARATE):
         made = Draw(variant, 11, rank=2, in_features=12, out_features=4, rounding=Rounding.BF16)
         found = recognize(*pair_of(made), key=11).draw
@@ -115,7 +119,7 @@ def test_prefers_float32_fused_where_variants_agree() -> None:
         assert (found.variant, found.rounding) == (Variant.FLOAT32_FUSED, Rounding.BF16)
 
 
-def test_a_key_is_the_configs_if_it_seeds_alike() -> None:
+def test_the_key_of_the_config_is_named_if_it_gives_the_same_draw() -> None:
     A, B = pair_of(USUAL)
     recognition = recognize(A, B, key=3 - 2**32)
     assert recognition.draw is not None
@@ -124,7 +128,7 @@ def test_a_key_is_the_configs_if_it_seeds_alike() -> None:
     assert not recognition.draw.has_key(4)
 
 
-def test_takes_arrays_of_any_layout() -> None:
+def test_arrays_of_any_memory_layout_are_recognized() -> None:
     A, B = pair_of(USUAL)
     wide = np.zeros((8, 200), np.float32)
     wide[:, :96] = A
@@ -145,7 +149,7 @@ def test_takes_arrays_of_any_layout() -> None:
         ((3, 4096, 9), (30, 9), 4),
     ],
 )
-def test_recognizes_slices_of_a_larger_draw(
+def test_slices_of_a_larger_draw_are_recognized(
     variant: Variant,
     rounding: Rounding,
     dims: tuple[int, int, int],
@@ -157,7 +161,7 @@ def test_recognizes_slices_of_a_larger_draw(
     A, B = pair_of(made, inputs=inputs, outputs=outputs)
     recognition = recognize(A, B, key=key)
     assert_is(recognition, made, A, B)
-    # A draw's further rows of B leave no trace in its first ones.
+    # The rows of B that were cut off leave no trace in the first rows.
     assert recognition.nearest.out_features == outputs
 
 
@@ -169,7 +173,7 @@ def test_a_narrow_slice_is_recognized_with_the_configs_key(width: int) -> None:
 
 
 @pytest.mark.parametrize(("variant", "rounding"), FEW_DRAWS)
-def test_recognizes_the_draw_of_another_key(variant: Variant, rounding: Rounding) -> None:
+def test_the_draw_of_another_key_is_recognized(variant: Variant, rounding: Rounding) -> None:
     made = Draw(variant, 65535, rank=4, in_features=80, out_features=48, rounding=rounding)
     A, B = pair_of(made)
     recognition = recognize(A, B, key=12)
@@ -183,37 +187,35 @@ def test_recognizes_the_draw_of_another_key(variant: Variant, rounding: Rounding
     outputs=st.integers(8, 30),
 )
 @settings(max_examples=10, deadline=None)
-def test_another_key_is_found_whatever_the_dims(
-    key: int, rank: int, inputs: int, outputs: int
-) -> None:
+def test_another_key_is_found_for_all_dims(key: int, rank: int, inputs: int, outputs: int) -> None:
     made = Draw(Variant.FLOAT32_FUSED, key, rank, inputs, outputs)
     A, B = pair_of(made)
     assert_is(recognize(A, B, key=-1), made, A, B)
 
 
-def test_the_search_names_the_key_alone() -> None:
+def test_the_search_names_only_the_key() -> None:
     for key, rounding in ((0, Rounding.NONE), (40_000, Rounding.BF16)):
         made = Draw(Variant.FLOAT32_FUSED, key, 4, 80, 48, rounding)
         assert searched_keys(*pair_of(made)) == [key]
 
 
-def test_keys_beyond_the_searched_ones_are_not_found() -> None:
+def test_keys_beyond_the_searched_range_are_not_found() -> None:
     A, B = pair_of(Draw(Variant.FLOAT32_FUSED, 65536, 4, 80, 48))
     assert recognize(A, B, key=0).draw is None
     assert recognize(A, B, key=65536).draw is not None
 
 
-def test_does_not_search_unasked() -> None:
+def test_other_keys_are_searched_only_on_request() -> None:
     for A, B in (pair_of(USUAL, inputs=40), pair_of(Draw(Variant.FLOAT32_FUSED, 4, 8, 96, 64))):
         recognition = recognize(A, B, key=3, search=False)
         assert recognition.draw is None
         assert recognize(A, B, key=3).draw is not None
 
 
-# --- no draw -------------------------------------------------------------------------------------
+# --- matrices that are no draw -------------------------------------------------------------------
 
 
-def test_unrelated_matrices_are_held_against_the_usual_draw() -> None:
+def test_unrelated_matrices_are_compared_with_the_usual_draw() -> None:
     random = np.random.default_rng(0)
     A = random.standard_normal((8, 96)).astype(np.float32)
     B = random.standard_normal((64, 8)).astype(np.float32)
@@ -252,7 +254,7 @@ def flipped(array: NDArray[Any], value: int, bit: int) -> NDArray[Any]:
 )
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
-def test_finds_any_flipped_bit(made: Draw, dtype: Any, data: st.DataObject) -> None:
+def test_every_flipped_bit_is_found(made: Draw, dtype: Any, data: st.DataObject) -> None:
     A, B = pair_of(made, dtype=dtype)
     tensor = data.draw(st.sampled_from(["vera_A", "vera_B"]))
     whole = A if tensor == "vera_A" else B
@@ -275,7 +277,7 @@ def test_finds_any_flipped_bit(made: Draw, dtype: Any, data: st.DataObject) -> N
         np.testing.assert_equal(recognition.difference, found)
 
 
-def test_finds_a_flipped_sign_of_zero() -> None:
+def test_a_flipped_sign_of_zero_is_found() -> None:
     made = Draw(Variant.BFLOAT16_2_11, 3, 8, 96, 64)
     A, B = pair_of(made)
     value = int(np.flatnonzero(A == 0)[0])
@@ -289,7 +291,7 @@ def test_finds_a_flipped_sign_of_zero() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_an_infinite_difference(value: float) -> None:
+def test_values_that_are_not_finite_differ_infinitely(value: float) -> None:
     A, B = pair_of(USUAL)
     A[0, 5] = value
     B[63, 7] = value
@@ -301,7 +303,7 @@ def test_what_is_not_finite_is_an_infinite_difference(value: float) -> None:
     assert recognition.difference.count == 2
 
 
-def test_survives_matrices_without_any_number() -> None:
+def test_matrices_of_only_nan_are_no_draw() -> None:
     for value in (math.nan, math.inf, 0.0):
         A = np.full((8, 96), value, np.float32)
         B = np.full((64, 8), value, np.float32)
@@ -309,14 +311,14 @@ def test_survives_matrices_without_any_number() -> None:
 
 
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**-60, 2.0**-140])
-def test_an_absurd_width_is_not_drawn(scale: float) -> None:
+def test_no_draw_of_an_absurd_width_is_computed(scale: float) -> None:
     A, B = pair_of(USUAL)
     assert recognize(A * np.float32(scale), B, key=3).draw is None
 
 
 @pytest.mark.parametrize("rounding", [Rounding.NONE, Rounding.BF16])
 @pytest.mark.parametrize("place", [(0, 0), (7, 39)])
-def test_damage_to_a_slice_is_held_against_the_larger_draw(
+def test_a_damaged_slice_is_compared_with_the_larger_draw(
     rounding: Rounding, place: tuple[int, int]
 ) -> None:
     made = Draw(Variant.FLOAT32_FUSED, 3, 8, 96, 64, rounding)
@@ -330,11 +332,11 @@ def test_damage_to_a_slice_is_held_against_the_larger_draw(
     assert recognition.difference.largest == pytest.approx(1)
 
 
-# --- the parts -----------------------------------------------------------------------------------
+# --- single functions ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", [1, 100, 10_000])
-def test_redraws_leading_slices_in_blocks(block: int) -> None:
+def test_leading_slices_are_regenerated_in_blocks(block: int) -> None:
     made = Draw(Variant.FLOAT32_FUSED, 3, 8, 96, 64, Rounding.BF16)
     A, B = pair_of(made, inputs=40, outputs=30)
     parts: dict[str, list[NDArray[Any]]] = {"vera_A": [], "vera_B": []}
@@ -368,12 +370,12 @@ def test_a_smaller_draw_cannot_be_compared(smaller: Draw) -> None:
 @pytest.mark.parametrize(
     ("A", "B"), [((4, 8), (6, 5)), ((4,), (6, 4)), ((4, 0), (6, 4)), ((0, 4), (6, 0))]
 )
-def test_refuses_what_is_no_pair(A: tuple[int, ...], B: tuple[int, ...]) -> None:
+def test_matrices_that_are_no_pair_are_refused(A: tuple[int, ...], B: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="not of shapes"):
         recognize(np.zeros(A, np.float32), np.zeros(B, np.float32), key=0)
 
 
-def test_refuses_a_key_that_torch_refuses() -> None:
+def test_a_key_that_torch_refuses_is_refused() -> None:
     with pytest.raises(ValueError, match="the key must"):
         recognize(*pair_of(USUAL), key=2**64)
 
@@ -397,7 +399,7 @@ def test_a_difference_is_described_in_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e200])
-def test_absurd_values_are_no_draw_and_cost_no_time(value: float) -> None:
+def test_absurd_values_are_no_draw_and_are_rejected_soon(value: float) -> None:
     A, B = np.full((4, 16), value), np.full((16, 4), value)
     A[0, 0] = 0.25
     with np.errstate(all="ignore"):
@@ -410,7 +412,7 @@ def test_absurd_values_are_no_draw_and_cost_no_time(value: float) -> None:
 def test_a_search_takes_little_memory() -> None:
     values = np.random.default_rng(0)
     A, B = (values.normal(size=shape).astype(np.float32) for shape in ((4, 64), (32, 4)))
-    recognize(A, B, key=0)  # what is loaded once is no part of it
+    recognize(A, B, key=0)  # modules that are loaded once do not count
     tracemalloc.start()
     assert recognize(A, B, key=0).draw is None
     peak = tracemalloc.get_traced_memory()[1]

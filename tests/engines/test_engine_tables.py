@@ -1,6 +1,6 @@
-"""The tables of the engines' classes, held against the installed engines.
+"""Compare the tables of the engines' classes with the installed engines.
 
-If a table has fallen behind an engine, the failed assertion shows the names to add or remove.
+If a table lacks names or has too many, the failed assertion shows these names.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from vera_convert.lora.engines import EngineName, engines
 
 
 def pipelines() -> Iterator[type[Any]]:
-    """Every class of a pipeline of Diffusers."""
+    """Return every pipeline class of Diffusers."""
     diffusers = pytest.importorskip("diffusers")
     for found in pkgutil.walk_packages(diffusers.pipelines.__path__, "diffusers.pipelines."):
-        with suppress(Exception):  # tools of some pipelines need further packages
+        with suppress(Exception):  # some pipelines need further packages
             module = importlib.import_module(found.name)
             for each in vars(module).values():
                 is_pipeline = inspect.isclass(each) and issubclass(
@@ -39,14 +39,14 @@ def pipelines() -> Iterator[type[Any]]:
 
 
 def classes_in(annotation: Any) -> Iterator[type[Any]]:
-    """The classes of a parameter, also of a union."""
+    """Return the classes in the annotation of a parameter, which may be a union."""
     if inspect.isclass(annotation):
         yield annotation
     for part in typing.get_args(annotation):
         yield from classes_in(part)
 
 
-def test_the_pipelines_without_a_loader_are_those_of_diffusers() -> None:
+def test_the_table_of_pipelines_without_a_loader_equals_diffusers() -> None:
     loaders = pytest.importorskip("diffusers.loaders")
     base = importlib.import_module("diffusers.loaders.lora_base").LoraBaseMixin
     found = set()
@@ -66,7 +66,7 @@ def test_the_pipelines_without_a_loader_are_those_of_diffusers() -> None:
     assert found == {*pipeline_component.diffusers()["pipelines"].split()}
 
 
-def test_the_components_without_a_loader_are_those_of_diffusers() -> None:
+def test_the_table_of_components_without_a_loader_equals_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers")
     for name in pipeline_component.diffusers()["components"].split():
         kind = getattr(diffusers, name)
@@ -80,7 +80,7 @@ OUTSIDE = {"Module", "Protocol"}
 
 
 def registered(registry: Path) -> Iterator[tuple[str, str, str]]:
-    """Each architecture of vLLM's registry but the drafting ones, with its module and class."""
+    """Return module and class of each architecture in vLLM's registry, except draft models."""
     for node in ast.parse(registry.read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             table = ast.unparse(node.targets[0])
@@ -94,7 +94,7 @@ def registered(registry: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def bases_of_classes(root: Path) -> dict[str, dict[str, list[str]]]:
-    """The names of the bases of vLLM's models, by the class and then by the module."""
+    """Return the names of the base classes of vLLM's models, by module and class."""
     found: dict[str, dict[str, list[str]]] = {}
     for folder in ("model_executor/models", "models"):
         for path in (root / folder).rglob("*.py"):
@@ -106,8 +106,8 @@ def bases_of_classes(root: Path) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def test_the_architectures_that_vllm_refuses_are_those_of_its_registry() -> None:
-    """Read as text: vLLM's models cannot be imported without all of vLLM's requirements."""
+def test_the_table_of_architectures_that_vllm_refuses_equals_its_registry() -> None:
+    """Read vLLM's models as text, because an import would need all of vLLM's requirements."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         pytest.skip("vLLM is not installed")
@@ -126,7 +126,8 @@ def test_the_architectures_that_vllm_refuses_are_those_of_its_registry() -> None
     found = set()
     for architecture, module, name in registered(root / "model_executor/models/registry.py"):
         above = ancestors(name, module, set())
-        unknown = above - bases.keys() - OUTSIDE  # made by a function, which the text does not tell
+        # a function makes this class, so the text does not show its bases
+        unknown = above - bases.keys() - OUTSIDE
         if "SupportsLoRA" not in above and not unknown:
             found.add(architecture)
     assert found == engines()[EngineName.VLLM].refused

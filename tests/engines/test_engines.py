@@ -1,4 +1,4 @@
-"""LoRAs in real engines: the outputs are those of the VeRA adapter in PyTorch."""
+"""A LoRA in a real engine gives the outputs of the VeRA adapter in PyTorch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def log_probabilities(base: Path, adapter: Path | None = None, name: str = LLAMA
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny Llama and a trained adapter of all of its linear layers."""
+    """Write a tiny Llama, and a trained adapter of all of its linear layers."""
     folder = tmp_path_factory.mktemp("llama")
     base = saved(folder / "base", LLAMA, "float32")
     return base, trained(folder / "vera", base, LLAMA, targets="all-linear", stored=True)
@@ -76,7 +76,7 @@ def test_mlx_gives_the_outputs_of_the_adapter(
 
 
 def by_llama_cpp(model: Path, adapter: Path | None) -> Any:
-    """The log-probabilities after each token."""
+    """Return the log-probabilities after each token."""
     started, rows = server(model, adapter), []
     for end in range(1, len(IDS) + 1):
         answer = completion(started, prompt=IDS[:end], n_predict=1, logprobs=40)
@@ -126,7 +126,7 @@ def deltas_by_vllm(reader: Any, lora: Path, targets: set[str]) -> dict[str, Any]
 def test_vllm_reads_the_delta_of_each_layer(
     llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM's own check of the config, and its own reader of the weights; its kernels need a GPU."""
+    """vLLM's own code checks the config and reads the weights; only its kernels need a GPU."""
     config = pytest.importorskip("vllm.config.lora", exc_type=ImportError)
     reader = pytest.importorskip("vllm.lora.lora_model", exc_type=ImportError)
     monkeypatch.setattr(reader, "PIN_MEMORY", False)  # pinned memory needs a GPU
@@ -143,7 +143,7 @@ def test_vllm_reads_the_delta_of_each_layer(
     for name, delta in expected.items():
         assert delta.abs().max() > 0.01
         torch.testing.assert_close(found[name], delta, rtol=0, atol=1e-5)
-    # The comparison sees a wrong scaling and a layer that the engine does not look up.
+    # The comparison finds a wrong scaling, and a layer that the engine ignores.
     fields = json.loads((lora / "adapter_config.json").read_bytes())
     fields["lora_alpha"] *= 2
     (lora / "adapter_config.json").write_text(json.dumps(fields))
@@ -281,7 +281,7 @@ def test_diffusers_gives_the_outputs_of_the_adapter(name: str, whole: bool, tmp_
 
 
 def stable_diffusion(out: Path) -> None:
-    """Write a tiny pipeline of Stable Diffusion; prompts are given as embeddings."""
+    """Write a tiny pipeline of Stable Diffusion, which takes embeddings instead of prompts."""
     diffusers = pytest.importorskip("diffusers")
     import transformers
 
@@ -314,7 +314,7 @@ def stable_diffusion(out: Path) -> None:
 
 
 def picture(pipeline: Any) -> Any:
-    """The pixels of a picture, from 0 to 1."""
+    """Return the pixels of a picture, from 0 to 1."""
     torch.manual_seed(6)
     prompt, noise = torch.randn(1, 4, 32), torch.randn(1, 4, 8, 8)
     drawn = pipeline(
@@ -327,7 +327,7 @@ def picture(pipeline: Any) -> Any:
     return drawn.images[0]
 
 
-def test_a_whole_pipeline_loads_fuses_and_unloads_the_adapter(tmp_path: Path) -> None:
+def test_a_pipeline_loads_fuses_and_unloads_the_adapter(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     stable_diffusion(tmp_path / "pipeline")
     missing = dict.fromkeys(("tokenizer", "safety_checker", "feature_extractor", "image_encoder"))
@@ -353,7 +353,7 @@ def test_a_whole_pipeline_loads_fuses_and_unloads_the_adapter(tmp_path: Path) ->
 
 
 def hidden_states(text_encoder: Any) -> Any:
-    """The last hidden states of eight tokens."""
+    """Return the last hidden states of eight tokens."""
     with torch.no_grad():
         return text_encoder.eval()(torch.tensor([IDS])).last_hidden_state
 

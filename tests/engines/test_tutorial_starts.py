@@ -1,4 +1,4 @@
-"""The tutorial's commands that start MLX-LM and llama.cpp: the text is that of the VeRA adapter."""
+"""The tutorial's commands start MLX-LM and llama.cpp, which write the VeRA adapter's text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORDS = [*LETTERS, *(f"<{n}>" for n in range(len(LETTERS), 40))]
 
 
 def start_of(program: str) -> list[str]:
-    """The words of the one command of the tutorial that starts a program."""
+    """Return the words of the tutorial's only command that starts a program."""
     (line,) = re.findall(rf"^{program} .*$", PAGE.read_text("utf-8"), re.MULTILINE)
     return shlex.split(line)
 
@@ -40,7 +40,7 @@ def value_of(option: str, words: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folders of the tutorial: a tiny Llama whose tokens are letters, and its LoRAs."""
+    """Make the folders of the tutorial: a tiny Llama whose tokens are letters, and its LoRAs."""
     folder = tmp_path_factory.mktemp("tutorial")
     base = saved(folder / "my-model", LLAMA, "float32")
     tokenizer = tokenizers.Tokenizer(
@@ -65,7 +65,7 @@ def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def text_after(prompt: str, folder: Path, adapter: Path | None, length: int) -> str:
-    """The most likely text after a prompt, by transformers and PEFT."""
+    """Return the most likely text after a prompt, by transformers and PEFT."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "my-model")
     model = loaded(LLAMA, folder / "my-model")
     if adapter is not None:

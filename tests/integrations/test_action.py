@@ -1,8 +1,8 @@
-"""The GitHub action: its steps run as a runner would, with inputs of whatever kind.
+"""The GitHub action: the steps run as on a runner, with good, wrong and hostile inputs.
 
 Nothing is installed here. Either the step that installs is told to take the command on the PATH,
-which is this environment's, or Python and the command are a recorder that writes down how it was
-called. `make test-ci` installs for real.
+which is this environment's command. Or a recorder, which writes down its arguments, takes the place
+of Python and of the command. `make test-ci` installs for real.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Recorded = Callable[[], list[list[str]]]
 
 @pytest.fixture
 def runner(tmp_path: Path) -> Runner:
-    """A runner with this environment's command on its PATH; there are spaces in its paths."""
+    """A runner with this environment's command on its PATH; its paths contain spaces."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     home = tmp_path / "a runner"
     return Runner(home, home / "the action", {"PATH": path, "HF_TOKEN": TOKEN})
@@ -55,9 +55,10 @@ def runner(tmp_path: Path) -> Runner:
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> tuple[Runner, Recorded]:
-    """A runner on which `recorder` and `vera-convert` write down their arguments, and those.
+    """A runner on which `recorder` and `vera-convert` write their arguments into files.
 
-    Asked for an environment, it makes one in which it is Python and `vera-convert`.
+    If `recorder` should make an environment, the new environment's Python and `vera-convert` are
+    the recorder, too.
     """
     folder = tmp_path / "recorder"
     folder.mkdir()
@@ -91,7 +92,7 @@ def marks(folder: Path) -> list[Path]:
     return [*folder.rglob("MARK*")]
 
 
-# --- what it says of itself ----------------------------------------------------------------------
+# --- inputs, outputs and scripts -----------------------------------------------------------------
 
 
 def test_no_script_holds_an_expression_and_no_step_uses_another_action() -> None:
@@ -100,7 +101,7 @@ def test_no_script_holds_an_expression_and_no_step_uses_another_action() -> None
         assert "uses" not in step
 
 
-def test_every_input_is_handed_over_as_it_is_and_every_one_is_described() -> None:
+def test_every_input_is_described_and_passed_on_unchanged() -> None:
     texts = [text for step in STEPS for text in step["env"].values()]
     found = [INPUT.fullmatch(text) for text in texts]
     assert all(found)
@@ -111,7 +112,7 @@ def test_every_input_is_handed_over_as_it_is_and_every_one_is_described() -> Non
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step["name"])
-def test_a_script_reads_only_the_variables_that_it_is_given(step: dict[str, str]) -> None:
+def test_a_script_reads_only_the_variables_of_its_step(step: dict[str, str]) -> None:
     used = set(re.findall(r"INPUT_\w+", step["run"]))
     assert used == set(step["env"])
 
@@ -134,7 +135,7 @@ def test_a_bad_adapter_fails_and_is_annotated(runner: Runner) -> None:
     assert "V202" in (runner.home / "files" / "summary.md").read_text(encoding="utf-8")
 
 
-def test_a_warning_fails_where_it_shall(runner: Runner) -> None:
+def test_a_warning_fails_if_fail_on_says_so(runner: Runner) -> None:
     folder = good_adapter(runner.workspace / "adapter")
     (folder / "adapter_model.bin").write_bytes(b"pickled")
     assert runner.run(adapters="adapter", version="installed").status == 0
@@ -145,7 +146,7 @@ def test_a_warning_fails_where_it_shall(runner: Runner) -> None:
     assert ran.status == 0, ran.log
 
 
-def test_adapters_stand_one_a_line_with_spaces_and_a_folder_is_searched(runner: Runner) -> None:
+def test_each_line_names_an_adapter_or_a_folder_to_search(runner: Runner) -> None:
     good_adapter(runner.workspace / "one adapter")
     without(Q_B)(good_adapter(runner.workspace / "more of them" / "deep" / "down"))
     ran = runner.run(
@@ -162,13 +163,13 @@ def test_adapters_stand_one_a_line_with_spaces_and_a_folder_is_searched(runner: 
     assert "more of them/deep/down" in report
 
 
-def test_an_adapter_that_is_not_there_is_no_finding(runner: Runner) -> None:
+def test_a_missing_adapter_is_an_error_and_no_finding(runner: Runner) -> None:
     ran = runner.run(adapters="./nowhere", version="installed")
     assert (ran.status, ran.outputs) == (3, {"status": "3"}), ran.log
 
 
 @pytest.mark.parametrize("adapters", ["", " \n\n "])
-def test_no_adapter_is_a_mistake(runner: Runner, adapters: str) -> None:
+def test_an_action_without_an_adapter_fails(runner: Runner, adapters: str) -> None:
     ran = runner.run(adapters=adapters, version="installed")
     assert ran.status == 2
     assert ran.log.startswith("::error::")
@@ -176,15 +177,19 @@ def test_no_adapter_is_a_mistake(runner: Runner, adapters: str) -> None:
 
 @pytest.mark.parametrize("name", ["recursive", "deep"])
 @pytest.mark.parametrize("value", ["True", "yes", "1"])
-def test_what_is_neither_true_nor_false_is_a_mistake(runner: Runner, name: str, value: str) -> None:
+def test_a_value_that_is_neither_true_nor_false_fails(
+    runner: Runner, name: str, value: str
+) -> None:
     ran = runner.run(adapters=".", version="installed", **{name: value})
     assert ran.status == 2
     assert ran.log == f'::error::The input "{name}" is neither true nor false.\n'
 
 
 @pytest.mark.parametrize("value", HOSTILE)
-def test_the_command_takes_hostile_inputs_for_what_they_are(runner: Runner, value: str) -> None:
-    """All at once: it refuses them by one line, and nothing of them is run or written."""
+def test_the_command_refuses_hostile_inputs(runner: Runner, value: str) -> None:
+    """With all hostile inputs at once, the command refuses in one line, and runs and writes
+    nothing.
+    """
     runner.workspace.mkdir(parents=True)
     inputs = {name: value for name in ACTION["inputs"] if name not in ("version", "recursive")}
     inputs = {name.replace("-", "_"): text for name, text in inputs.items() if name != "deep"}
@@ -199,7 +204,7 @@ def test_the_command_takes_hostile_inputs_for_what_they_are(runner: Runner, valu
 # --- with a recorder -----------------------------------------------------------------------------
 
 
-def test_the_options_arrive(recorder: tuple[Runner, Recorded]) -> None:
+def test_the_command_gets_all_options(recorder: tuple[Runner, Recorded]) -> None:
     runner, recorded = recorder
     ran = runner.run(
         adapters="an adapter\norg/name@main",
@@ -223,7 +228,7 @@ def test_the_options_arrive(recorder: tuple[Runner, Recorded]) -> None:
     ]
 
 
-def test_without_options_the_defaults_do(recorder: tuple[Runner, Recorded]) -> None:
+def test_without_options_the_command_gets_the_defaults(recorder: tuple[Runner, Recorded]) -> None:
     runner, recorded = recorder
     assert runner.run(adapters="a b", version="installed").status == 0
     assert recorded() == [["validate", "--format=github", "--", "a b"]]
@@ -231,7 +236,7 @@ def test_without_options_the_defaults_do(recorder: tuple[Runner, Recorded]) -> N
 
 @pytest.mark.parametrize("value", HOSTILE)
 @pytest.mark.parametrize("name", ["base", "select", "ignore", "fail_on", "format", "output"])
-def test_a_hostile_option_arrives_as_it_is(
+def test_a_hostile_option_is_passed_on_unchanged(
     recorder: tuple[Runner, Recorded], name: str, value: str
 ) -> None:
     runner, recorded = recorder
@@ -243,7 +248,7 @@ def test_a_hostile_option_arrives_as_it_is(
 
 
 @pytest.mark.parametrize("value", HOSTILE)
-def test_hostile_adapters_arrive_line_by_line(
+def test_hostile_adapters_are_passed_on_line_by_line(
     recorder: tuple[Runner, Recorded], value: str
 ) -> None:
     runner, recorded = recorder
@@ -266,7 +271,7 @@ def test_a_hostile_value_of_another_input_ends_the_run(
 
 
 @pytest.mark.parametrize(("version", "expected"), [("", None), ("0.1.0", "vera-convert==0.1.0")])
-def test_it_installs_its_own_checkout_or_a_release(
+def test_the_action_installs_its_own_checkout_or_a_release(
     recorder: tuple[Runner, Recorded], version: str, expected: str | None
 ) -> None:
     runner, recorded = recorder

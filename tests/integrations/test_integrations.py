@@ -1,4 +1,4 @@
-"""What is offered for CI, held against the command line: hook, documentation, container file."""
+"""Compare hook, documentation and container file for CI with the command line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def snippets(language: str) -> list[str]:
-    """Every block of `docs/ci.md` in a language."""
+    """Return every code block of `docs/ci.md` in a language."""
     text = DOCS.read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
@@ -43,9 +43,9 @@ def steps_of(workflow: Any) -> Iterator[dict[str, Any]]:
 
 
 def called(arguments: list[str]) -> dict[str, Any]:
-    """Parse arguments of `validate` as click does; an option or value that is none raises.
+    """Parse arguments of `validate` as click does; an unknown option or value raises.
 
-    The values stand under the names of the options, such as ``--format``.
+    The keys of the result are the names of the options, such as ``--format``.
     """
     values = VALIDATE.make_context("validate", list(arguments), obj=arguments).params
     return {each.opts[0]: values[each.name] for each in VALIDATE.params if each.name in values}
@@ -94,7 +94,7 @@ def test_the_hook_leaves_other_files_alone(path: str) -> None:
     assert not re.search(HOOK["files"], path)
 
 
-def test_the_documented_hook_is_that_of_this_repository() -> None:
+def test_the_documented_hook_is_the_hook_of_this_repository() -> None:
     (config,) = (document for document in documented() if "repos" in document)
     (repo,) = config["repos"]
     (hook,) = repo["hooks"]
@@ -128,7 +128,7 @@ def test_the_documented_workflows_name_inputs_and_outputs_of_the_action() -> Non
     assert set(outputs) == set(ACTION["outputs"])
 
 
-def test_the_report_that_is_uploaded_is_the_one_that_is_written() -> None:
+def test_the_uploaded_report_is_the_written_report() -> None:
     (upload,) = uses_of_the_action(documented(), "github/codeql-action/upload-sarif")
     written = [
         step["with"]["output"]
@@ -161,7 +161,7 @@ def test_the_action_has_the_options_and_values_of_the_command() -> None:
             assert ACTION["inputs"][name]["default"] in ("", *parameter.type.choices)
 
 
-def test_the_output_is_that_of_a_step() -> None:
+def test_the_output_of_the_action_is_an_output_of_its_step() -> None:
     for spec in ACTION["outputs"].values():
         found = OUTPUT.fullmatch(spec["value"])
         assert found
@@ -169,7 +169,7 @@ def test_the_output_is_that_of_a_step() -> None:
         assert f'echo "{found[2]}=' in step["run"]
 
 
-def test_the_workflow_of_this_repository_runs_them_for_real() -> None:
+def test_the_workflow_of_this_repository_runs_hook_and_action() -> None:
     text = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     workflow = yaml.safe_load(text)
     alone = [
@@ -188,7 +188,7 @@ def test_the_workflow_of_this_repository_runs_them_for_real() -> None:
 
 
 def commands(lines: list[str]) -> Iterator[list[str]]:
-    """Every call of `validate` in lines of a shell, the words after it."""
+    """Return the words after `validate` for every call in lines of a shell."""
     for line in lines:
         words = shlex.split(line)
         if "validate" in words:
@@ -196,7 +196,7 @@ def commands(lines: list[str]) -> Iterator[list[str]]:
             yield words[words.index("validate") + 1 :]
 
 
-def test_the_gitlab_job_calls_the_command_and_reports_what_it_writes() -> None:
+def test_the_gitlab_job_uploads_the_report_that_the_command_writes() -> None:
     (config,) = (document for document in documented() if "validate-adapters" in document)
     job = config["validate-adapters"]
     (arguments,) = commands(job["script"])
@@ -207,7 +207,7 @@ def test_the_gitlab_job_calls_the_command_and_reports_what_it_writes() -> None:
     assert job["image"] == stages()[-1][0].text
 
 
-def test_the_documented_shell_commands_are_those_of_the_command_line() -> None:
+def test_the_command_line_accepts_the_documented_shell_commands() -> None:
     lines = [line for text in snippets("sh") for line in text.splitlines()]
     found = list(commands(lines))
     assert found
@@ -216,14 +216,14 @@ def test_the_documented_shell_commands_are_those_of_the_command_line() -> None:
     assert all(f"#     {line}\n" in head for line in lines)
 
 
-def test_every_option_that_the_text_names_is_one() -> None:
+def test_every_option_in_the_text_exists() -> None:
     options = {option for each in VALIDATE.params for option in each.opts}
     text = re.sub(r"```.*?```", "", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)
     named = {option for option in re.findall(r"`(--[a-z-]+)", text) if option != "--network"}
     assert named <= options
 
 
-def test_the_image_is_slim_runs_the_command_and_not_as_root() -> None:
+def test_the_image_is_slim_and_runs_the_command_without_root() -> None:
     *_, image = stages()
     found = {instruction.name: instruction for instruction in image}
     assert json.loads(found["ENTRYPOINT"].text) == [*PROJECT["scripts"]]
@@ -242,7 +242,7 @@ def test_every_stage_starts_from_the_newest_python_that_is_tested() -> None:
     assert {stage[0].words[0] for stage in stages()} == {f"python:{newest}-slim"}
 
 
-def test_what_is_copied_into_the_image_is_all_that_a_wheel_is_made_of() -> None:
+def test_the_image_copies_exactly_the_files_that_make_a_wheel() -> None:
     build, image = stages()
     copied = [word for each in of_name("COPY", build) for word in each.words[:-1]]
     assert all((ROOT / name).exists() for name in copied)
@@ -256,5 +256,5 @@ def of_name(name: str, stage: list[Instruction]) -> list[Instruction]:
     return [instruction for instruction in stage if instruction.name == name]
 
 
-def test_the_readme_leads_there() -> None:
+def test_the_readme_links_to_the_page_about_ci() -> None:
     assert "(docs/ci.md)" in (ROOT / "README.md").read_text(encoding="utf-8")

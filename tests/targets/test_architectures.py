@@ -1,4 +1,4 @@
-"""The table of known types, held against the classes of transformers themselves."""
+"""Compare the table of known model types with the classes of transformers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ TINY: dict[str, list[dict[str, Any]]] = {
     "vit": [_ENCODER, {**_ENCODER, "pooler_output_size": 20}, {**_ENCODER, "id2label": {}}],
 }
 
-# The names of ViT's modules in memory (transformers 5) and on disk.
+# The names of ViT's modules in memory (transformers 5) and in the files.
 _VIT_ON_DISK = [
     (r"(^|\.)layers\.(\d+)\.attention\.([qkv])_proj$", None),
     (r"(^|\.)layers\.(\d+)\.attention\.o_proj$", r"\1encoder.layer.\2.attention.output.dense"),
@@ -81,7 +81,7 @@ def _on_disk(model_type: str, name: str) -> str:
 
 
 def _real(document: dict[str, Any], class_name: str) -> Any:
-    """Build the class on the meta device: shapes without memory."""
+    """Build the class on the meta device: with shapes and without memory."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model_class = getattr(transformers, class_name)
@@ -114,7 +114,7 @@ def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(("name", "document"), list(_cases()))
-def test_every_class_has_the_layers_of_the_real_one(name: str, document: dict[str, Any]) -> None:
+def test_every_class_has_the_layers_of_the_real_class(name: str, document: dict[str, Any]) -> None:
     model_type = classes()[name].model_type
     document = {"model_type": model_type, "architectures": [name], **document}
     real = _real(document, name)
@@ -132,7 +132,7 @@ def test_every_class_has_the_layers_of_the_real_one(name: str, document: dict[st
 
 
 @pytest.mark.parametrize("model_type", list(families()))
-def test_missing_fields_take_the_real_classes_defaults(model_type: str) -> None:
+def test_missing_fields_have_the_defaults_of_the_real_class(model_type: str) -> None:
     name = families()[model_type]["default"]
 
     layers = layers_from_config({"model_type": model_type})
@@ -150,7 +150,7 @@ def test_real_sizes_have_the_layers_of_the_real_class(path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", list(families()))
-def test_the_paths_are_those_of_the_tensors_on_disk(model_type: str, tmp_path: Path) -> None:
+def test_the_paths_equal_those_of_the_tensors_in_the_files(model_type: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     safetensors = pytest.importorskip("safetensors")
@@ -173,12 +173,12 @@ def test_the_paths_are_those_of_the_tensors_on_disk(model_type: str, tmp_path: P
     assert set(layers.embeddings) <= set(from_headers.embeddings)
 
 
-def test_the_type_is_known_by_its_class_alone() -> None:
+def test_the_class_of_a_config_shows_the_type() -> None:
     layers = layers_from_config({"architectures": ["LlamaModel"], "num_hidden_layers": 1})
     assert (layers.model_type, next(iter(layers.linear))) == ("llama", "layers.0.self_attn.q_proj")
 
 
-def test_the_dtype_is_read_in_both_spellings() -> None:
+def test_the_dtype_is_read_under_both_names_of_the_field() -> None:
     document = {"model_type": "vit"}
     assert layers_from_config({**document, "dtype": "bfloat16"}).dtype == "BF16"
     assert layers_from_config({**document, "torch_dtype": "torch.float16"}).dtype == "F16"
@@ -226,7 +226,7 @@ def test_an_unknown_model_is_refused(document: dict[str, Any]) -> None:
         ("vit", {"num_labels": -2}),
     ],
 )
-def test_an_absurd_field_is_refused(model_type: str, change: dict[str, Any]) -> None:
+def test_an_absurd_size_is_refused(model_type: str, change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError) as caught:
         layers_from_config({"model_type": model_type, **change})
     assert [finding.code for finding in caught.value.findings] == ["V561"]

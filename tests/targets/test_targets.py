@@ -1,4 +1,4 @@
-"""The target rules, held against the installed PEFT and against what older ones did."""
+"""Compare the target rules with the installed PEFT, and with the behavior of older versions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vera_convert.targets.matching import (
 )
 from vera_convert.targets.patterns import Pattern, search
 
-# --- whole models beside PEFT --------------------------------------------------------------------
+# --- whole models, compared with PEFT ------------------------------------------------------------
 
 _CAUSAL = {
     "hidden_size": 48,
@@ -170,7 +170,7 @@ def build() -> Callable[[str], Any]:
 
 
 def _layers_of(model: Any) -> ModelLayers:
-    """Tell what the rules need to know of a model in memory."""
+    """Return the facts about a model in memory that the rules need."""
     torch = pytest.importorskip("torch")
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     linear = {}
@@ -186,7 +186,7 @@ def _layers_of(model: Any) -> ModelLayers:
 
 
 def _ours(**fields: Any) -> VeraConfig:
-    """Build our config from the arguments of PEFT's."""
+    """Build our config from the arguments of PEFT's config."""
     frozen: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
     }
@@ -226,7 +226,7 @@ def test_the_installed_peft_adapts_the_same_layers(
         ("ViTForImageClassification", {}),
     ],
 )
-def test_where_nothing_is_adapted_peft_refuses_too(
+def test_a_config_without_a_matching_layer_is_refused_as_by_peft(
     class_name: str, fields: dict[str, Any], build: Callable[[str], Any]
 ) -> None:
     peft = pytest.importorskip("peft")
@@ -239,7 +239,9 @@ def test_where_nothing_is_adapted_peft_refuses_too(
 
 
 @pytest.mark.parametrize("class_name", list(MODELS))
-def test_headers_alone_give_the_same_layers(class_name: str, build: Callable[[str], Any]) -> None:
+def test_headers_give_the_same_layers_as_the_model(
+    class_name: str, build: Callable[[str], Any]
+) -> None:
     base = build(class_name)
     shapes = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
     assert layers_from_shapes(shapes, model_type=base.config.model_type).linear == (
@@ -250,7 +252,7 @@ def test_headers_alone_give_the_same_layers(class_name: str, build: Callable[[st
     )
 
 
-def test_default_targets_are_pefts() -> None:
+def test_default_targets_equal_peft_s() -> None:
     constants = pytest.importorskip("peft.utils.constants")
     theirs = constants.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
     assert {
@@ -259,7 +261,7 @@ def test_default_targets_are_pefts() -> None:
     } == theirs
 
 
-# --- names alone beside PEFT ---------------------------------------------------------------------
+# --- names, compared with PEFT -------------------------------------------------------------------
 
 _PARTS = ["layers", "h", "0", "1", "12", "q", "v", "mlp", "experts"]
 _NAMES = st.lists(st.sampled_from(_PARTS), min_size=1, max_size=7).map(".".join)
@@ -330,14 +332,15 @@ HEADLESS = "layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("peft", "limit", "pattern", "name", "chosen"),
     [
-        # the first number in 0.20, the last before
+        # PEFT 0.20 takes the first number, earlier versions the last
         ((0, 20), 1, None, EXPERT, True),
         ((0, 20), 0, None, EXPERT, False),
         ((0, 19), 1, None, EXPERT, False),
         ((0, 19), 0, None, EXPERT, True),
         ((0, 19), 1, ("layers", "experts"), EXPERT, True),
         ((0, 19), 0, ("experts", "layers"), EXPERT, True),
-        # a list module at the very beginning has no number but in 0.21, and there only if named
+        # only PEFT 0.21 finds the number of a list module at the start of the path, if the pattern
+        # names it
         ((0, 21), 0, None, HEADLESS, False),
         ((0, 21), 0, "layers", HEADLESS, True),
         ((0, 20), 0, "layers", HEADLESS, False),
@@ -346,12 +349,12 @@ HEADLESS = "layers.0.self_attn.q_proj"
         ((0, 19), 0, "layer.", "a.layers.0.b.layers.1.q_proj", False),
         ((0, 19), 1, "layer.", "a.layers.0.b.layers.1.q_proj", True),
         ((0, 20), 0, "layer.", "a.layers.0.b.layers.1.q_proj", True),
-        # no number at all, and one that no computer counts to
+        # a path without a number, and a path with an absurdly large number
         ((0, 21), 0, None, "model.q_proj", False),
         ((0, 21), 0, None, f"model.layers.{'9' * 5000}.q_proj", False),
     ],
 )
-def test_the_layers_number_depends_on_the_version(
+def test_the_number_of_a_layer_depends_on_the_version(
     peft: Version, limit: int, pattern: str | tuple[str, ...] | None, name: str, *, chosen: bool
 ) -> None:
     config = _ours(
@@ -382,7 +385,7 @@ def _classifier_model() -> ModelLayers:
         ((0, 15), None, ("bert.query", "bert.dense", "classifier", "nested.classifier")),
     ],
 )
-def test_all_linear_of_older_versions(
+def test_all_linear_matches_as_in_older_versions(
     peft: Version, task_type: str | None, expected: tuple[str, ...]
 ) -> None:
     config = VeraConfig(target_modules="all-linear", task_type=task_type)
@@ -410,7 +413,7 @@ def test_no_list_is_condensed_before_0_13() -> None:
     assert set(adapted(model, config, peft=(0, 12)).layers) == set(names)
     condensed = adapted(model, config, peft=(0, 13))
     assert set(condensed.layers) == {"model.layers.1.q"}
-    assert condensed.max_out == 28  # B is sized before
+    assert condensed.max_out == 28  # the refused size of B comes before
 
 
 # --- patterns under a time limit -----------------------------------------------------------------
@@ -424,7 +427,7 @@ def test_no_list_is_condensed_before_0_13() -> None:
         {"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": r"(?:a+)+x"},
     ],
 )
-def test_a_slow_pattern_is_really_stopped(fields: dict[str, Any]) -> None:
+def test_a_slow_pattern_is_stopped(fields: dict[str, Any]) -> None:
     before = _seconds_of_children()
     with pytest.raises(CheckpointError) as caught:
         matching(["." + "a" * 40 + ".q"], _ours(**fields))
@@ -438,8 +441,8 @@ def _seconds_of_children() -> float:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows counts no time of a processor")
-def test_a_busy_machine_refuses_no_good_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process is stopped for longer than the limit, as one that gets no processor."""
+def test_a_good_pattern_is_not_refused_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop the process for longer than the limit, like a process that gets no processor time."""
     start = subprocess.Popen.__init__
 
     def stopped_for_a_while(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -451,7 +454,7 @@ def test_a_busy_machine_refuses_no_good_pattern(monkeypatch: pytest.MonkeyPatch)
     assert matching(["a.q", "a.k"], VeraConfig(target_modules=r".*\.q")) == ["a.q"]
 
 
-def test_more_patterns_and_names_than_can_be_answered_are_refused() -> None:
+def test_too_many_patterns_and_names_are_refused() -> None:
     names = [str(number) for number in range(2_001)]
     many = [Pattern("target_modules", str(number)) for number in range(2_000)]
     with pytest.raises(CheckpointError, match="2,000 expressions") as caught:
@@ -472,7 +475,7 @@ def test_more_patterns_and_names_than_can_be_answered_are_refused() -> None:
         "(?P<idx>x)(?P<idx>",
     ],
 )
-def test_what_is_no_pattern_is_refused(pattern: str) -> None:
+def test_an_invalid_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         matching(["q"], VeraConfig(target_modules=pattern))
     assert [finding.code for finding in caught.value.findings] == ["V130"]
@@ -491,15 +494,15 @@ def test_names_reach_the_pattern_unchanged() -> None:
     assert matching(names, VeraConfig(target_modules=r"[\s\S]*\.q")) == names[:4]
 
 
-def test_without_python_the_surroundings_are_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_python_is_no_fault_of_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(SurroundingsError, match="/nowhere/python"):
         matching(["q"], VeraConfig(target_modules=".*"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="asks ps")
-def test_a_killed_parent_leaves_no_process_that_searches_for_ever() -> None:
-    """The child ends itself, so nothing is left even where nobody can stop it."""
+def test_a_killed_parent_leaves_no_child_process() -> None:
+    """The child ends itself, so no process is left even if the parent cannot stop the child."""
     text = """
 import os, subprocess, threading
 from vera_convert.targets.patterns import Pattern, search
@@ -532,7 +535,7 @@ def _is_running(process: str) -> bool:
 # --- headers -------------------------------------------------------------------------------------
 
 
-def test_embeddings_and_heads_are_known_by_name() -> None:
+def test_embeddings_and_heads_are_recognized_by_name() -> None:
     two = (8, 4)
     shapes = {
         "model.embed_tokens.weight": two,
@@ -563,14 +566,14 @@ def test_embeddings_and_heads_are_known_by_name() -> None:
     assert layers.output_heads == {"embed_out", "cls.predictions.decoder"}
 
 
-def test_some_heads_are_known_by_the_type_only() -> None:
+def test_some_heads_are_recognized_only_by_the_model_type() -> None:
     shapes = {"proj_out.weight": (8, 4)}
     assert layers_from_shapes(shapes, model_type="whisper").output_heads == {"proj_out"}
     assert not layers_from_shapes(shapes, model_type=None).output_heads
 
 
-def test_peft_0_21_writes_what_the_rules_say(fixtures: Path) -> None:
-    """The lambdas of every real adapter are those of the layers that its config names."""
+def test_adapters_of_peft_0_21_have_the_layers_of_the_rules(fixtures: Path) -> None:
+    """The lambdas of every real adapter belong to the layers that the adapter's config matches."""
 
     def read(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, "np") as file:

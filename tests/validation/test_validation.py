@@ -1,4 +1,4 @@
-"""validate: everything that is wrong is found at once, and nothing that is not."""
+"""validate finds all defects at once, and reports no defect of a good adapter."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def good(tmp_path: Path) -> Path:
     return good_adapter(tmp_path / "adapter", revision="main")
 
 
-# --- what is found -------------------------------------------------------------------------------
+# --- findings ------------------------------------------------------------------------------------
 
 
-def test_a_good_adapter_is_passed_in_silence(good: Path) -> None:
+def test_a_good_adapter_has_no_findings(good: Path) -> None:
     before = bytes_by_name(good)
     checked = check(good)
     assert (checked.findings, checked.failure) == ((), None)
@@ -79,7 +79,7 @@ def test_a_good_adapter_is_passed_in_silence(good: Path) -> None:
     assert bytes_by_name(good) == before
 
 
-def test_nor_does_it_break_a_rule_on_its_base(good: Path, tmp_path: Path) -> None:
+def test_a_good_adapter_has_no_findings_on_its_base(good: Path, tmp_path: Path) -> None:
     checked = check(good, base=tiny_base(tmp_path / "base"))
     assert (checked.findings, checked.not_checked) == ((), ())
     assert checked.base == str(tmp_path / "base")
@@ -95,12 +95,12 @@ OPENED = [
 
 
 @pytest.mark.parametrize("case", OPENED, ids=lambda case: case.name)
-def test_whatever_a_command_refuses_is_found(good: Path, case: Defect) -> None:
+def test_validate_finds_every_defect_that_a_command_refuses(good: Path, case: Defect) -> None:
     case.spoil(good)
     assert case.code in codes(good)
 
 
-def test_the_defects_of_all_families_are_found_at_once(good: Path) -> None:
+def test_defects_of_all_families_are_found_together(good: Path) -> None:
     all_of(
         fields({"d_initial": "0.1", "peft_version": 21, "foo": 1}),
         without(f"{Q_D}"),
@@ -138,7 +138,7 @@ def test_a_file_that_may_not_be_read_is_a_finding(
     assert "Permission denied" in checked.findings[0].reason
 
 
-def test_what_lies_beside_the_weights_and_has_nothing_wrong_is_not_told(good: Path) -> None:
+def test_good_side_files_are_not_reported(good: Path) -> None:
     (good / "README.md").write_text("# card")
     (good / "runs").mkdir()
     (good / "runs" / "log.txt").write_text("log")
@@ -157,7 +157,7 @@ def test_what_lies_beside_the_weights_and_has_nothing_wrong_is_not_told(good: Pa
     ],
     ids=str,
 )
-def test_a_target_in_some_layers_only_is_told(
+def test_a_target_in_only_some_layers_is_reported(
     tmp_path: Path, dropped: list[str], said: Mapping[str, str]
 ) -> None:
     gone = {
@@ -177,7 +177,7 @@ def test_a_target_in_some_layers_only_is_told(
     assert {(finding.code, finding.severity) for finding in of_base} == holes
 
 
-def test_a_hybrid_model_of_which_every_layer_is_adapted_has_no_finding(tmp_path: Path) -> None:
+def test_a_hybrid_model_with_all_layers_adapted_has_no_finding(tmp_path: Path) -> None:
     gone = {
         f"base_model.model.model.layers.1.self_attn.q_proj.vera_lambda_{kind}": None
         for kind in "bd"
@@ -188,9 +188,7 @@ def test_a_hybrid_model_of_which_every_layer_is_adapted_has_no_finding(tmp_path:
 
 
 @pytest.mark.parametrize("version", ["0.21.2", None])
-def test_an_adapter_that_peft_stripped_passes_where_warnings_fail(
-    version: str | None, tmp_path: Path
-) -> None:
+def test_an_adapter_that_peft_stripped_has_no_warning(version: str | None, tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True, peft_version=version)
     strip(folder, tmp_path / "out")
     for each in (folder, tmp_path / "out"):
@@ -199,7 +197,7 @@ def test_an_adapter_that_peft_stripped_passes_where_warnings_fail(
         assert [f.severity for f in result.findings if f.code == "V410"] == [Severity.NOTE]
 
 
-def test_an_adapter_of_an_unknown_trainer_is_warned_of(tmp_path: Path) -> None:
+def test_an_adapter_of_an_unknown_trainer_is_a_warning(tmp_path: Path) -> None:
     folder = good_adapter(
         tmp_path / "adapter", stripped=True, peft_version=None, inference_mode=False
     )
@@ -223,7 +221,7 @@ OTHERS = {"model.layers.0.mlp.up_proj.bias": (24,)}
         ("all", {"model.layers.0.self_attn.bias": (1, 1, 8, 8)}, False),
     ],
 )
-def test_declared_biases_that_are_not_stored_are_told(
+def test_declared_biases_that_are_not_stored_are_reported(
     bias: str, tensors: dict[str, Any], lost: bool, version: str, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter", bias=bias, peft_version=version)
@@ -245,7 +243,7 @@ def test_declared_biases_that_are_not_stored_are_told(
 
 
 def _expected(folder: Path) -> set[str]:
-    """What is to be told of a fixture: read off its name and its config alone."""
+    """Return the expected codes of a fixture, from its name and its config."""
     config = json.loads((folder / CONFIG).read_bytes())
     found = {"V122"}
     if not config["save_projection"]:
@@ -256,7 +254,7 @@ def _expected(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("folder", FIXTURES, ids=lambda f: f"{f.parent.name}-{f.name}")
-def test_what_peft_wrote_has_no_error(folder: Path) -> None:
+def test_adapters_of_peft_have_no_errors(folder: Path) -> None:
     checked = check(folder)
     assert {finding.code for finding in checked.findings} == _expected(folder)
     assert all(finding.severity is not Severity.ERROR for finding in checked.findings)
@@ -273,7 +271,9 @@ def test_a_fixture_on_its_own_base_is_rounded_as_the_base_rounds() -> None:
 # --- A and B -------------------------------------------------------------------------------------
 
 
-def test_stripped_with_a_fingerprint_is_proven_by_drawing(good: Path) -> None:
+def test_the_fingerprint_of_a_stripped_adapter_is_proven_by_regenerating_a_and_b(
+    good: Path,
+) -> None:
     stripped(good)
     checked = check(good, deep=True)
     assert checked.findings == ()
@@ -281,7 +281,7 @@ def test_stripped_with_a_fingerprint_is_proven_by_drawing(good: Path) -> None:
     assert not checked.embedded
 
 
-def test_a_hash_that_is_not_met_is_found_by_drawing(
+def test_a_wrong_hash_is_found_by_regenerating_a_and_b(
     good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fingerprint(sha256_A="0" * 64)(good)
@@ -294,7 +294,7 @@ def test_a_hash_that_is_not_met_is_found_by_drawing(
 
 
 @pytest.mark.parametrize("spoil", [drawn(rounding=Rounding.BF16), drawn()])
-def test_the_rounding_is_held_against_the_base(good: Path, tmp_path: Path, spoil: Any) -> None:
+def test_the_rounding_is_compared_with_the_base(good: Path, tmp_path: Path, spoil: Any) -> None:
     spoil(good)
     of_16_bits = "V418" in codes(good)
     bases = {dtype: tiny_base(tmp_path / dtype, dtype=dtype) for dtype in ("bfloat16", "float32")}
@@ -309,7 +309,7 @@ def test_projections_that_no_layers_explain_have_other_dims(good: Path, tmp_path
     assert codes(good, base=base) == ["V411", "V416"]
 
 
-def test_a_fingerprint_is_held_against_the_base(good: Path, tmp_path: Path) -> None:
+def test_a_fingerprint_is_compared_with_the_base(good: Path, tmp_path: Path) -> None:
     drawn(width=20)(good)
     stripped(good)
     wide = {f"model.layers.{n}.mlp.v_proj.weight": (40, 24) for n in range(2)}
@@ -319,14 +319,14 @@ def test_a_fingerprint_is_held_against_the_base(good: Path, tmp_path: Path) -> N
 # --- the base ------------------------------------------------------------------------------------
 
 
-def test_another_base_is_told_by_its_names_and_shapes(good: Path, tmp_path: Path) -> None:
+def test_another_base_is_recognized_by_names_and_shapes(good: Path, tmp_path: Path) -> None:
     other = tiny_base(tmp_path / "other", tensors={"model.layers.1.self_attn.q_proj.weight": None})
     assert codes(good, base=other) == ["V520"]
     wider = {f"model.layers.{n}.self_attn.v_proj.weight": (16, 16) for n in range(2)}
     assert codes(good, base=tiny_base(tmp_path / "wider", tensors=wider)) == ["V522", "V522"]
 
 
-def test_a_head_of_another_size_is_told_with_both(good: Path, tmp_path: Path) -> None:
+def test_a_head_of_another_size_is_reported_with_both_sizes(good: Path, tmp_path: Path) -> None:
     fields({"modules_to_save": ["lm_head"]})(good)
     added({"base_model.model.lm_head.weight": np.zeros((40, 16), np.float32)})(good)
     (finding,) = check(good, base=tiny_base(tmp_path / "base")).findings
@@ -335,7 +335,7 @@ def test_a_head_of_another_size_is_told_with_both(good: Path, tmp_path: Path) ->
     assert "32 by 16" in finding.reason
 
 
-def test_a_tokenizer_with_more_tokens_than_rows_is_told(good: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_rows_is_reported(good: Path, tmp_path: Path) -> None:
     (good / "tokenizer.json").write_text('{"added_tokens": [{"id": 32}]}')
     (good / "added_tokens.json").write_text('{"<new>": 32}')
     assert codes(good, base=tiny_base(tmp_path / "base")) == ["V541"]
@@ -343,19 +343,19 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_told(good: Path, tmp_path: Pa
     assert codes(good, base=larger) == []
 
 
-def test_a_broken_adapter_is_not_held_against_a_base(good: Path, tmp_path: Path) -> None:
+def test_a_broken_adapter_is_not_compared_with_a_base(good: Path, tmp_path: Path) -> None:
     without(Q_D)(good)
     checked = check(good, base=tiny_base(tmp_path / "base"))
     assert [finding.code for finding in checked.findings] == ["V202"]
     assert any("base" in text for text in checked.not_checked)
 
 
-def test_a_base_that_is_not_there_fails_the_call(good: Path, tmp_path: Path) -> None:
+def test_a_missing_base_fails_the_call(good: Path, tmp_path: Path) -> None:
     with pytest.raises(SurroundingsError, match="no folder"):
         validate([good], base=tmp_path / "nowhere")
 
 
-# --- no converter is laxer -----------------------------------------------------------------------
+# --- every conversion refuses what validate calls an error ---------------------------------------
 
 ERRORS = [
     case
@@ -363,11 +363,11 @@ ERRORS = [
     if CATALOG[case.code].severity is Severity.ERROR
     and (case in OPENED or case.code.startswith("V3"))
 ]
-"""All but the patterns, which a conversion evaluates only where it sizes A and B by them."""
+"""All codes except those of patterns, which a conversion evaluates only to size A and B."""
 
 
 @pytest.mark.parametrize("case", ERRORS, ids=lambda case: case.name)
-def test_what_is_an_error_is_refused_by_every_conversion(
+def test_every_conversion_refuses_an_adapter_with_an_error(
     good: Path, tmp_path: Path, case: Defect
 ) -> None:
     case.spoil(good)
@@ -381,7 +381,7 @@ def test_what_is_an_error_is_refused_by_every_conversion(
     assert not (tmp_path / "embedded").exists()
 
 
-def test_migrate_refuses_values_that_no_repair_mends(good: Path, tmp_path: Path) -> None:
+def test_migrate_refuses_values_that_it_cannot_repair(good: Path, tmp_path: Path) -> None:
     added({Q_B: np.full((16, 1), np.inf, np.float32)})(good)
     with pytest.raises(CheckpointError, match="V301"):
         migrate(good, tmp_path / "out", to=Mode.ASIS)
@@ -400,7 +400,7 @@ def test_folders_are_searched(tmp_path: Path) -> None:
     assert result.status == 1
 
 
-def test_a_folder_without_adapters_is_no_success(tmp_path: Path) -> None:
+def test_a_folder_without_adapters_fails(tmp_path: Path) -> None:
     with pytest.raises(SurroundingsError, match="no adapter was found in"):
         validate([tmp_path], recursive=True)
 
@@ -410,13 +410,13 @@ def test_the_files_of_an_adapter_stand_for_its_folder_once(good: Path) -> None:
     assert [checked.path for checked in result.adapters] == [str(good)]
 
 
-def test_one_that_cannot_be_had_does_not_stop_the_others(good: Path, tmp_path: Path) -> None:
+def test_an_unavailable_adapter_does_not_stop_the_others(good: Path, tmp_path: Path) -> None:
     result = validate([tmp_path / "nowhere", good])
     assert [checked.failure is None for checked in result.adapters] == [False, True]
     assert result.status == 3
 
 
-def test_of_a_repo_config_and_header_are_read_alone(
+def test_of_a_repo_only_config_and_header_are_read(
     good: Path, tmp_path: Path, server: HubServer
 ) -> None:
     more = {
@@ -445,10 +445,10 @@ def test_a_repo_without_an_adapter_is_a_finding(tmp_path: Path, server: HubServe
     assert codes(Path("org/model"), access=access) == ["V010"]
 
 
-# --- what counts ---------------------------------------------------------------------------------
+# --- selected findings, and the status -----------------------------------------------------------
 
 
-def test_codes_are_selected_and_ignored_by_their_beginnings(good: Path) -> None:
+def test_codes_are_selected_and_ignored_by_prefix(good: Path) -> None:
     all_of(fields({"foo": 1, "base_model_name_or_path": None}), without(Q_D))(good)
     assert codes(good) == ["V110", "V121", "V202"]
     assert codes(good, select=["V1"]) == ["V110", "V121"]
@@ -460,12 +460,12 @@ def test_codes_are_selected_and_ignored_by_their_beginnings(good: Path) -> None:
     ("code", "reason"),
     [("", "is empty"), ("W1", "not a code"), ("V999", "not a code"), ("v101", "not a code")],
 )
-def test_what_is_no_code_is_refused(good: Path, code: str, reason: str) -> None:
+def test_an_unknown_code_is_refused(good: Path, code: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         validate([good], select=[code])
 
 
-def test_the_status_says_what_was_found(good: Path, tmp_path: Path) -> None:
+def test_the_status_shows_whether_errors_were_found(good: Path, tmp_path: Path) -> None:
     warned = good_adapter(tmp_path / "warned", base_model_name_or_path=None)
     assert validate([good]).status == 0
     assert validate([warned]).status == 0
@@ -494,13 +494,13 @@ def test_settings_are_read_from_the_project(tmp_path: Path) -> None:
         ('[tool.vera-convert.validate]\nfail-on = "note"', "error or warning"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+def test_wrong_settings_are_refused(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "pyproject.toml").write_text(text)
     with pytest.raises(UsageError, match=re.escape(reason)):
         read_settings(tmp_path)
 
 
-def test_errors_that_are_not_selected_leave_nothing_good(good: Path) -> None:
+def test_an_adapter_with_unselected_errors_does_not_count_as_good(good: Path) -> None:
     without(Q_D)(good)
     checked = check(good, select=["V1"])
     assert checked.findings == ()
@@ -508,7 +508,7 @@ def test_errors_that_are_not_selected_leave_nothing_good(good: Path) -> None:
     assert any("V202" in text for text in checked.not_checked)
 
 
-def test_one_adapter_can_be_given_by_itself(good: Path) -> None:
+def test_a_single_adapter_can_be_given_without_a_list(good: Path) -> None:
     assert validate(str(good)).passed
     assert validate(good).adapters[0].path == str(good)
     with pytest.raises(UsageError, match="lists of codes"):
@@ -517,7 +517,7 @@ def test_one_adapter_can_be_given_by_itself(good: Path) -> None:
         validate(good, fail_on="banana")
 
 
-def test_a_target_inside_a_module_that_is_saved_whole_is_not_missing(tmp_path: Path) -> None:
+def test_a_target_inside_a_saved_module_is_not_missing(tmp_path: Path) -> None:
     module = "model.layers.1.mlp.down_proj"
     tensors = {f"base_model.model.{module}.weight": np.ones((4, 4), np.float32)}
     targets = ["q_proj", "v_proj", module]
@@ -527,7 +527,7 @@ def test_a_target_inside_a_module_that_is_saved_whole_is_not_missing(tmp_path: P
     assert [each.code for each in check(folder, select=["V229"]).findings] == []
 
 
-def test_the_bias_of_a_module_that_is_saved_whole_is_not_missing(tmp_path: Path) -> None:
+def test_the_bias_of_a_saved_module_is_not_missing(tmp_path: Path) -> None:
     head = {"score.weight": (3, 16), "score.bias": (3,)}
     tensors = {
         f"base_model.model.{name}": np.ones(shape, np.float32) for name, shape in head.items()
