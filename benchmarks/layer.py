@@ -85,7 +85,7 @@ def compared(ours: Callable[[], None], theirs: Callable[[], None], options: Any)
     for turn in range(options.rounds + 1):
         order = (ours, theirs) if turn % 2 else (theirs, ours)
         taken = {function: seconds(function, options.device) for function in order}
-        if turn:  # the first one warms up
+        if turn:  # the first call warms up
             rounds.append((taken[ours], taken[theirs]))
     peaks = [peak(function, options.device) for function in (ours, theirs)]
     return {

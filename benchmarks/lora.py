@@ -89,14 +89,14 @@ def measured(command: list[str]) -> Figures:
 
 
 def into_cache(path: Path) -> None:
-    """Read a file into the system's cache, which the conversion passes by: `cp` reads no disk."""
+    """Read a file into the system's cache, which the conversion bypasses and `cp` reads."""
     with path.open("rb", buffering=0) as file:
         while file.read(1 << 20):
             pass
 
 
 def medians(sides: dict[str, list[str]], rounds: int, folder: Path) -> dict[str, Figures]:
-    """Run the commands in turn, each into an empty place; return the median of each figure."""
+    """Run the commands in turn, each into an empty folder; return the median of each figure."""
     runs: dict[str, list[Figures]] = {side: [] for side in sides}
     for _ in range(rounds):
         shutil.rmtree(folder / "exact", ignore_errors=True)
@@ -143,7 +143,7 @@ def compare(folder: Path, targets: tuple[str, ...], rank: int, given: argparse.N
     exact = [*program, str(folder / "exact"), *base]
     weights = folder / "exact" / WEIGHTS
     copy = f'cp "{weights}" "{folder / "copy"}" && sync "{folder / "copy"}"'
-    measured([*exact, "--dry-run"])  # compiles what has no .pyc yet
+    measured([*exact, "--dry-run"])  # compiles modules that have no .pyc file yet
     dry = [*exact, "--dry-run", "--force"]
     sides = {"exact": exact, "cp": ["bash", "-c", copy], "dry run": dry}
     found = medians(sides, given.rounds, folder)

@@ -64,7 +64,7 @@ class Shapes:
         yield "lm_head.weight", (self.vocabulary, self.hidden)
 
     def config(self) -> Mapping[str, object]:
-        """What transformers needs to load it."""
+        """Return the config that transformers needs to load the model."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "hidden_size": self.hidden,
@@ -84,7 +84,7 @@ class Shapes:
 TINYLLAMA = Shapes(2048, 5632, 22, 256, 32000, 5)
 LLAMA_8B = Shapes(4096, 14336, 32, 1024, 128256, 4)
 SMALL = Shapes(256, 704, 112, 64, 4000, 1)
-"""Of a thousand tensors, so that it can lie in a thousand shards; 160 MB."""
+"""A model with a thousand tensors, which can lie in a thousand shards; 160 MB."""
 ALL = tuple(TINYLLAMA.linear())
 QV = ("self_attn.q_proj", "self_attn.v_proj")
 
@@ -176,7 +176,7 @@ def write_adapter(folder: Path, shapes: Shapes, targets: Sequence[str], rank: in
 def apart(write: Callable[..., Path], folder: Path, *given: object, **options: object) -> Path:
     """Write inputs in another process.
 
-    The system counts what a process held in memory when it started another as that one's peak.
+    Linux includes the memory of a starting process in the peak of the started process.
     """
     process = get_context("spawn").Process(target=write, args=(folder, *given), kwargs=options)
     process.start()
@@ -186,7 +186,7 @@ def apart(write: Callable[..., Path], folder: Path, *given: object, **options: o
     return folder
 
 
-# --- what is timed -------------------------------------------------------------------------------
+# --- timed commands ------------------------------------------------------------------------------
 
 
 def run(command: Sequence[str | Path], out: Path | None = None) -> tuple[float, float]:
@@ -250,7 +250,7 @@ model.save_pretrained({str(out)!r}, max_shard_size="450MB")
     return found
 
 
-# --- what is told --------------------------------------------------------------------------------
+# --- the tables ----------------------------------------------------------------------------------
 
 
 def beside_others(work: Path, rounds: int, *, with_peft: bool) -> dict[str, float]:
@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        # Modules are compiled once, as where they are installed.
+        # Python compiles modules once, as for an installed package.
         os.environ["PYTHONPYCACHEPREFIX"] = f"{folder}/compiled"
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         found = beside_others(Path(folder), arguments.rounds, with_peft=arguments.peft)

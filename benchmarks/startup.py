@@ -31,7 +31,7 @@ def seconds(arguments: tuple[str, ...]) -> float:
 
 
 def main() -> None:
-    """Run the commands in turn, so that a busy moment meets them all."""
+    """Run the commands in turn, so that other load on the machine affects all commands."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=21)
     rounds = parser.parse_args().rounds
@@ -42,9 +42,9 @@ def main() -> None:
 
 
 def compare(rounds: int) -> None:
-    """Run each command so many times and print the medians."""
+    """Run each command this number of times, and print the medians."""
     for arguments in COMMANDS.values():
-        seconds(arguments)  # compiles what has no .pyc yet
+        seconds(arguments)  # compiles modules that have no .pyc file yet
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(rounds):
         for name, arguments in COMMANDS.items():

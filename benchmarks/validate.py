@@ -44,7 +44,7 @@ def measure(work: Path, rounds: int) -> dict[str, float]:
     """Return medians of all rounds."""
     program = [sys.executable, "-m", "vera_convert"]
     folders = {name: work / name for name in ("embedded", "stripped", "header")}
-    # In a process of its own: the peak of a child counts what its parent held when it started.
+    # A separate process writes the inputs, because a child's peak includes the parent's memory.
     subprocess.run([sys.executable, __file__, "--write", work], check=True)
     quiet = ["--base-dtype", "float32", "--offline", "--quiet"]
     run([*program, "strip", str(folders["embedded"]), str(folders["stripped"]), *quiet])

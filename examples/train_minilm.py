@@ -70,7 +70,7 @@ class Sentences(NamedTuple):
 
 
 def sentences(split: str, count: int | None) -> Sentences:
-    """Make all sentences of a split, or the first of them, in a random order."""
+    """Return all sentences of a split, or the first `count`, in a random order."""
     words = {name: text.split() for name, text in WORDS[split].items()}
     made = [
         (pattern.format(thing, word), label if pattern in PLAIN else 1 - label)

@@ -1,4 +1,4 @@
-"""The shape of the package: who may import whom, and what a start must not load."""
+"""The structure of the package: allowed imports, and modules that a start must not load."""
 
 from __future__ import annotations
 
@@ -53,11 +53,13 @@ with_torch
 cli: values options output help command refusals completion inspecting converting merging app
 __init__ __main__
 """
-"""The modules in order, a folder's together: each may import those before it, and no other."""
+"""The modules in order, grouped by folder; a module may import only modules that come before."""
 
 
 def in_order(layers: str) -> list[str]:
-    """Every module of `layers` by its full name, a folder's own docstring before its modules."""
+    """Return the full name of every module of `layers`; the folder itself comes before its
+    modules.
+    """
     names: list[str] = []
     for line in layers.split("\n"):
         folder, _, modules = line.rpartition(":")
@@ -84,7 +86,7 @@ GROUND = {
 }
 """Single modules that every folder may import."""
 ABOVE_FOLDERS = {"counting", "summary"}
-"""Single modules that stand above the folders they use; `formats` shows their results."""
+"""Single modules that come after the folders that they use; `formats` shows their results."""
 
 ONLY_IN = {
     "click": {"cli"},
@@ -92,7 +94,7 @@ ONLY_IN = {
     "torch": {"with_torch"},
     "transformers": {"with_torch"},
 }
-"""Libraries that one place alone knows."""
+"""Libraries that only one part of the package may import."""
 
 ALLOWED = {
     "text": set[str](),
@@ -104,16 +106,18 @@ ALLOWED = {
     "architectures": set[str](),
     "draws.generator": {"numpy", "ml_dtypes"},
 }
-"""Modules that promise to get by with little beside the standard library."""
+"""Modules that import only these libraries beside the standard library."""
 
 LATE = {"huggingface_hub", "torch", "transformers"}
-"""Libraries that only functions import: they cost seconds, or may be missing."""
+"""Libraries that only functions import, because these are slow to import or may be missing."""
 
 NOT_AT_START = LATE | {"httpx", "numpy", "peft", "requests", "safetensors.torch"}
 
 
 def modules() -> dict[str, ast.Module]:
-    """Every module by its name under the package; a folder's own is what its docstring lies in."""
+    """Return every module by its name in the package; the name of a folder stands for
+    `__init__`.
+    """
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
@@ -123,7 +127,7 @@ def modules() -> dict[str, ast.Module]:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Every module that the code under `tree` imports, by full name."""
+    """Return the full name of every module that the code under `tree` imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -137,7 +141,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def imports_on_loading(tree: ast.Module) -> Iterator[str]:
-    """Every module that is imported when the module itself is: none in functions."""
+    """Return every module that is imported while the module loads, which excludes functions."""
     for node in tree.body:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef():
@@ -151,7 +155,7 @@ def imports_on_loading(tree: ast.Module) -> Iterator[str]:
 
 
 def layer_of(module: str) -> str:
-    """Where a module stands in `ORDER`: by itself, but that `with_torch` is one layer."""
+    """Return the entry of `ORDER` for a module; all of `with_torch` is one entry."""
     return "with_torch" if module.startswith("with_torch.") else module
 
 
@@ -169,7 +173,7 @@ def test_a_module_imports_only_from_layers_above_its_own(module: str) -> None:
     for name in imports(MODULES[module]):
         if name.startswith("vera_convert."):
             other = layer_of(name.removeprefix("vera_convert."))
-            # `from vera_convert import __version__` names no module
+            # `from vera_convert import __version__` imports no module
             layer = ORDER.index(other if other in ORDER else "__init__")
             assert layer < own or other == layer_of(module) == "with_torch", (
                 f"{module} imports {other}"
@@ -207,7 +211,7 @@ def test_verify_does_not_compute_with_the_code_that_it_verifies() -> None:
 
 
 def named(tree: ast.Module) -> set[str]:
-    """Every name that a module defines, reads or compares with."""
+    """Return every name that a module defines, reads or compares with."""
     found: set[str] = set()
     for node in ast.walk(tree):
         match node:
@@ -223,7 +227,7 @@ def named(tree: ast.Module) -> set[str]:
 
 
 def defined(body: list[ast.stmt]) -> Iterator[str]:
-    """Every function, class, field and constant of a module or class."""
+    """Return the name of every function, class, field and constant of a module or class."""
     for node in body:
         match node:
             case ast.FunctionDef(name=name):
@@ -242,7 +246,7 @@ EVERYWHERE = {
     *(part for name in MODULES for part in name.split(".")),
     *(name for tree in MODULES.values() for name in defined(tree.body)),
 }
-"""Names that the docstring of any module may use."""
+"""Names that every docstring may mention."""
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -257,7 +261,7 @@ def test_a_docstring_names_only_modules_functions_and_fields_that_exist(module: 
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_library_is_imported_only_where_it_belongs(module: str) -> None:
+def test_a_library_is_imported_only_in_its_part(module: str) -> None:
     own = layer_of(module)
     used = {name.split(".")[0] for name in imports(MODULES[module])}
     libraries = used - set(sys.stdlib_module_names) - {"vera_convert"}
@@ -270,7 +274,7 @@ def test_a_library_is_imported_only_where_it_belongs(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_what_is_slow_to_load_is_loaded_in_functions(module: str) -> None:
+def test_slow_libraries_are_imported_in_functions(module: str) -> None:
     if layer_of(module) != "with_torch":
         assert LATE.isdisjoint(name.split(".")[0] for name in imports_on_loading(MODULES[module]))
 
@@ -284,7 +288,7 @@ def test_what_is_slow_to_load_is_loaded_in_functions(module: str) -> None:
         "from vera_convert.cli.app import main; sys.argv[1:] = ['validate', '--help']; main()",
     ],
 )
-def test_a_start_loads_nothing_heavy(start: str) -> None:
+def test_a_start_loads_no_slow_library(start: str) -> None:
     code = f"""
 import atexit, json, sys
 atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr))

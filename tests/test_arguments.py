@@ -1,4 +1,4 @@
-"""Every public function takes a choice as member or string, and refuses anything else by name."""
+"""Every public function accepts a choice as member or string, and names any other value."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from vera_convert.rules import Severity
 
 @dataclass(frozen=True)
 class Inputs:
-    """A folder with an adapter, its base, and a merge of the two."""
+    """A folder with an adapter, a base, and the merged model of both."""
 
     folder: Path
     counter: Iterator[int]
@@ -95,7 +95,7 @@ FUNCTIONS: dict[str, Callable[[Inputs], dict[str, Any]]] = {
         "options": VerifyOptions(layers_only=True),
     },
 }
-"""The public functions, each with arguments that it takes."""
+"""The public functions, each with valid arguments."""
 
 RECORDS: dict[str, dict[str, Any]] = {
     "AdapterSpec": {"adapter": "a"},
@@ -105,31 +105,35 @@ RECORDS: dict[str, dict[str, Any]] = {
     "MergeOptions": {},
     "VerifyOptions": {},
 }
-"""The public records that a caller makes, each with the fields that it needs."""
+"""The public records that a caller makes, each with its required fields."""
 
 
 @dataclass(frozen=True)
-class Ways:
-    """The ways to write an argument: each group is alike, and each of `wrong` is refused."""
+class Spellings:
+    """Spellings of an argument: those in a group of `alike` are equal; each of `wrong` is
+    refused.
+    """
 
     alike: tuple[tuple[Any, ...], ...] = ()
     wrong: tuple[Any, ...] = ()
     names: str = ""
 
 
-def choices(kind: type[StrEnum]) -> Ways:
-    """Every member and its string; what is refused with all strings named."""
+def choices(kind: type[StrEnum]) -> Spellings:
+    """Return the members and their strings; the refusal of other values names all strings."""
     alike = tuple((member, str(member.value)) for member in kind)
-    return Ways(alike, ("banana", "", 5, True, object(), [*kind]), ".*".join(kind))
+    return Spellings(alike, ("banana", "", 5, True, object(), [*kind]), ".*".join(kind))
 
 
-FLAG = Ways(wrong=("no", 1, object()), names="True or False")
-PLACE = Ways(((Path("a"), "a"),), (5, b"a", object(), ["a"], "", "a\0"), "pathlib|empty|NUL")
-OUT = Ways(wrong=(5, None, b"a", object(), "", "a\0"), names="out")
-TEXT = Ways(wrong=(5, b"a", object(), ""), names="text|empty")
-WHOLE = Ways(wrong=("eight", 1.5, True, object(), 0, -1), names="whole number")
-NUMBER = Ways(((2, 2.0),), ("two", float("nan"), float("inf"), object(), True), "finite number")
-DTYPE = Ways(
+FLAG = Spellings(wrong=("no", 1, object()), names="True or False")
+PLACE = Spellings(((Path("a"), "a"),), (5, b"a", object(), ["a"], "", "a\0"), "pathlib|empty|NUL")
+OUT = Spellings(wrong=(5, None, b"a", object(), "", "a\0"), names="out")
+TEXT = Spellings(wrong=(5, b"a", object(), ""), names="text|empty")
+WHOLE = Spellings(wrong=("eight", 1.5, True, object(), 0, -1), names="whole number")
+NUMBER = Spellings(
+    ((2, 2.0),), ("two", float("nan"), float("inf"), object(), True), "finite number"
+)
+DTYPE = Spellings(
     (
         ("bfloat16", "bf16", "BF16", "torch.bfloat16"),
         ("float16", "fp16", "F16", "half"),
@@ -141,48 +145,50 @@ DTYPE = Ways(
 )
 GENERATOR = choices(Variant)
 MEANT = choices(ProjectionSource)
-SIZE = Ways(
+SIZE = Spellings(
     ((5_000_000_000, "5GB", "5 gb", "5G"), (1 << 29, "0.5GiB", "512MiB")),
     ("big", "5", "GB", "-5GB", 0, -1, 1.5, object(), True),
     "size|whole number",
 )
-VERSION = Ways(
+VERSION = Spellings(
     (((0, 13), "0.13"), ((0, 13, 2), "0.13.2")),
     ("new", "0.9", (0, 9), "1", 0.13, object(), ("0", "13")),
     "0.13|0.11",
 )
-ACCESS = Ways(wrong=("token", object(), {}), names="HubAccess")
-BASE = Ways(wrong=(5, b"a", object(), ["a"], ""), names="base")
-KEY_MAP = Ways(
+ACCESS = Spellings(wrong=("token", object(), {}), names="HubAccess")
+BASE = Spellings(wrong=(5, b"a", object(), ["a"], ""), names="base")
+KEY_MAP = Spellings(
     (((("a", "b"),), ("a=b",), "a=b", {"a": "b"}),),
     ("a", 5, [5], [("a",)], [("a", 5)], ["a b=c"], object()),
     "OLD=NEW|text",
 )
-ROUNDING = Ways(
+ROUNDING = Spellings(
     (*choices(Rounding).alike, (Rounding.BF16, "bfloat16"), (Rounding.FP16, "float16")),
     ("banana", 16, object()),
     ".*".join(Rounding).replace("+", r"\+"),
 )
-CODES = Ways(((["V1"], ("V1",)),), ("V1", 5, [5], ["banana"], object()), "text|code")
-ADD = Ways(wrong=("a", 5, [5], [object()]), names="add")
+CODES = Spellings(((["V1"], ("V1",)),), ("V1", 5, [5], ["banana"], object()), "text|code")
+ADD = Spellings(wrong=("a", 5, [5], [object()]), names="add")
 
-ARGUMENTS: dict[str, Ways] = {
+ARGUMENTS: dict[str, Spellings] = {
     "accept_change": FLAG,
     "accept_error": FLAG,
     "access": ACCESS,
-    "adapter": Ways(wrong=(5, None, b"a", object(), ["a"], ""), names="pathlib|adapter is empty"),
-    "adapters": Ways(
+    "adapter": Spellings(
+        wrong=(5, None, b"a", object(), ["a"], ""), names="pathlib|adapter is empty"
+    ),
+    "adapters": Spellings(
         wrong=(5, None, b"a", object(), [5], "", [""]), names="pathlib|adapters is empty"
     ),
-    "architecture": Ways(wrong=(5, b"a", object(), "a b", ""), names="text|class|empty"),
+    "architecture": Spellings(wrong=(5, b"a", object(), "a b", ""), names="text|class|empty"),
     "base": BASE,
     "base_dtype": DTYPE,
-    "cache_dir": Ways(((Path("a"), "a"),), (5, b"a", object(), ""), "cache_dir"),
+    "cache_dir": Spellings(((Path("a"), "a"),), (5, b"a", object(), ""), "cache_dir"),
     "check": FLAG,
     "checksums": FLAG,
     "deep": FLAG,
     "dequantize": FLAG,
-    "device": Ways(wrong=("tpu", "cuda:x", "", 5, object()), names="cpu, cuda|Device"),
+    "device": Spellings(wrong=("tpu", "cuda:x", "", 5, object()), names="cpu, cuda|Device"),
     "drop_head": FLAG,
     "dry_run": FLAG,
     "dtype": DTYPE,
@@ -194,66 +200,66 @@ ARGUMENTS: dict[str, Ways] = {
     "ignore": CODES,
     "in_features": WHOLE,
     "jobs": WHOLE,
-    "key": Ways(wrong=("seven", 1.5, True, object()), names="whole number"),
+    "key": Spellings(wrong=("seven", 1.5, True, object()), names="whole number"),
     "key_map": KEY_MAP,
-    "labels": Ways(
+    "labels": Spellings(
         ((["a", "b"], ("a", "b"), "a,b"),),
         (5, [5], ["a", "a"], [""], "", ",", object()),
         "text|label|empty",
     ),
     "layers_only": FLAG,
-    "lora": Ways(wrong=(5, b"a", object(), ""), names="pathlib|lora is empty"),
-    "max_error": Ways(((0, 0.0),), ("half", -0.1, 1, float("nan"), object()), "number|share"),
+    "lora": Spellings(wrong=(5, b"a", object(), ""), names="pathlib|lora is empty"),
+    "max_error": Spellings(((0, 0.0),), ("half", -0.1, 1, float("nan"), object()), "number|share"),
     "max_shard_size": SIZE,
-    "model": Ways(wrong=(5, b"a", object(), ["a"], ""), names="pathlib|model is empty"),
-    "name": Ways(wrong=("banana", 5), names="adapter_config"),
+    "model": Spellings(wrong=(5, b"a", object(), ["a"], ""), names="pathlib|model is empty"),
+    "name": Spellings(wrong=("banana", 5), names="adapter_config"),
     "offline": FLAG,
-    "options": Ways(wrong=("fast", object(), {}), names="Options"),
-    "other": Ways(wrong=(5, b"a", object(), ""), names="pathlib|other is empty"),
-    "merged": Ways(wrong=(5, b"a", object(), ""), names="pathlib|merged is empty"),
+    "options": Spellings(wrong=("fast", object(), {}), names="Options"),
+    "other": Spellings(wrong=(5, b"a", object(), ""), names="pathlib|other is empty"),
+    "merged": Spellings(wrong=(5, b"a", object(), ""), names="pathlib|merged is empty"),
     "out": OUT,
     "out_features": WHOLE,
     "peft_version": VERSION,
-    "places": Ways(
+    "places": Spellings(
         (({"a": "b"}, (("a", "b"),), [["a", Path("b")]]),),
         ("a=b", 5, [5], [("a",)], [("a", 5)], {5: "b"}, {"": "b"}, {"a": ""}),
         "give {NAME: MODEL}|text|pathlib|places is empty",
     ),
     "progress": FLAG,
     "projections": MEANT,
-    "rank": Ways(WHOLE.alike, (*WHOLE.wrong, 10**9), "whole number|up to"),
+    "rank": Spellings(WHOLE.alike, (*WHOLE.wrong, 10**9), "whole number|up to"),
     "recursive": FLAG,
     "resume": FLAG,
     "revision": TEXT,
     "rounding": ROUNDING,
     "samples": WHOLE,
     "select": CODES,
-    "targets": Ways(
+    "targets": Spellings(
         ((["q_proj", "v_proj"], "q_proj,v_proj"),),
         (5, [5], ["banana"], "", ",", [""], object()),
         "text|q_proj|empty",
     ),
-    "text": Ways(((Path("a"), "a"),), (5, b"a", object(), ""), "text"),
+    "text": Spellings(((Path("a"), "a"),), (5, b"a", object(), ""), "text"),
     "tied": choices(Tied),
     "to": choices(Mode),
     "token": TEXT,
-    "tree": Ways(wrong=(5, None, b"a", object(), "", "a\0"), names="tree"),
+    "tree": Spellings(wrong=(5, None, b"a", object(), "", "a\0"), names="tree"),
     "weight": NUMBER,
 }
-"""What may be written for an argument, by its name."""
+"""The spellings of each argument, by the argument's name."""
 
 OF_RECORDS = {
     "BaseOptions.model": PLACE,
     "AdapterSpec.adapter": PLACE,
 }
 OF_RECORDS |= {"MergeOptions.add": ADD, "VerifyOptions.add": ADD, "LoraOptions.rank": WHOLE}
-OF_RECORDS["LoraOptions.dtype"] = Ways(
+OF_RECORDS["LoraOptions.dtype"] = Spellings(
     DTYPE.alike[:3], (*DTYPE.wrong, "float64"), "float32, bfloat16, float16"
 )
-CALLBACK = Ways(wrong=(5, True, "yes", object()), names="function")
+CALLBACK = Spellings(wrong=(5, True, "yes", object()), names="function")
 
 
-def ways_of(owner: str, argument: str) -> Ways:
+def spellings_of(owner: str, argument: str) -> Spellings:
     if argument in ("progress", "runs") and owner in FUNCTIONS:
         return CALLBACK
     return OF_RECORDS.get(f"{owner}.{argument}") or ARGUMENTS[argument]
@@ -272,7 +278,7 @@ def record_fields() -> Iterator[tuple[str, str]]:
 
 
 def outcome(name: str, inputs: Inputs, **changed: Any) -> object:
-    """What a function returns, in a form that can be compared; or how it refuses."""
+    """Return a comparable form of a function's result, or of the error."""
     arguments = FUNCTIONS[name](inputs) | changed
     if name == "validate" and "select" not in changed:
         arguments["ignore"] = changed.get("ignore", [])
@@ -312,7 +318,7 @@ def test_every_public_function_and_record_is_tried() -> None:
 def test_a_function_refuses_a_wrong_value_and_names_the_choices(
     name: str, argument: str, inputs: Inputs
 ) -> None:
-    ways = ways_of(name, argument)
+    ways = spellings_of(name, argument)
     assert ways.wrong
     before = {*inputs.folder.iterdir()}
     for wrong in ways.wrong:
@@ -323,13 +329,15 @@ def test_a_function_refuses_a_wrong_value_and_names_the_choices(
 
 
 @pytest.mark.parametrize(("name", "argument"), [*parameters()])
-def test_a_function_takes_every_choice_both_ways(name: str, argument: str, inputs: Inputs) -> None:
-    for alike in ways_of(name, argument).alike:
+def test_a_function_accepts_every_choice_as_member_and_as_string(
+    name: str, argument: str, inputs: Inputs
+) -> None:
+    for alike in spellings_of(name, argument).alike:
         first, *others = [outcome(name, inputs, **{argument: value}) for value in alike]
         assert others == [first] * (len(alike) - 1)
 
 
-def test_the_string_of_a_mode_does_what_the_mode_does(inputs: Inputs) -> None:
+def test_the_string_of_a_mode_has_the_effect_of_the_mode(inputs: Inputs) -> None:
     for mode, projections in (("embedded", True), ("stripped", False)):
         done = vera_convert.migrate(inputs.adapter, inputs.out(), to=mode, base=inputs.base)
         assert done.embedded is projections
@@ -337,7 +345,7 @@ def test_the_string_of_a_mode_does_what_the_mode_does(inputs: Inputs) -> None:
         assert config["save_projection"] is projections
 
 
-def test_the_string_of_a_merge_option_does_what_the_option_does(
+def test_the_string_of_a_merge_option_has_the_effect_of_the_option(
     tmp_path: Path, inputs: Inputs
 ) -> None:
     import numpy as np
@@ -357,7 +365,7 @@ def test_the_string_of_a_merge_option_does_what_the_option_does(
 
 @pytest.mark.parametrize(("name", "field"), [*record_fields()])
 def test_a_record_refuses_a_wrong_value_and_names_the_choices(name: str, field: str) -> None:
-    ways = ways_of(name, field)
+    ways = spellings_of(name, field)
     assert ways.wrong
     for wrong in ways.wrong:
         with pytest.raises(UsageError, match=f"(?s){ways.names}"):
@@ -365,8 +373,8 @@ def test_a_record_refuses_a_wrong_value_and_names_the_choices(name: str, field: 
 
 
 @pytest.mark.parametrize(("name", "field"), [*record_fields()])
-def test_a_record_takes_every_choice_both_ways(name: str, field: str) -> None:
-    for alike in ways_of(name, field).alike:
+def test_a_record_accepts_every_choice_as_member_and_as_string(name: str, field: str) -> None:
+    for alike in spellings_of(name, field).alike:
         first, *others = [
             getattr(vera_convert, name)(**RECORDS[name] | {field: value}) for value in alike
         ]
@@ -405,7 +413,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
     assert MergeOptions(add=[f"{tmp_path / 'adapter'}=half"]).add  # type: ignore[list-item]
 
 
-def test_a_dtype_of_torch_counts_by_its_name() -> None:
+def test_a_dtype_of_torch_is_read_by_its_name() -> None:
     torch = pytest.importorskip("torch")
     assert dtype_name("dtype", torch.bfloat16) == "bfloat16"
     assert BaseOptions(dtype=torch.float16).dtype == "float16"
@@ -413,7 +421,7 @@ def test_a_dtype_of_torch_counts_by_its_name() -> None:
         dtype_name("dtype", torch.int8)
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
+def test_numbers_of_numpy_are_accepted() -> None:
     import numpy as np
 
     assert MergeOptions(jobs=np.int64(3), weight=np.float32(0.5)).jobs == 3  # type: ignore[arg-type]
@@ -432,18 +440,18 @@ def test_a_wrong_value_is_shown_in_one_short_line() -> None:
 
 
 @pytest.mark.parametrize("text", ["1KB", "1 kB", "1K", "1000B", "0.001MB"])
-def test_a_size_is_read_as_people_write_it(text: str) -> None:
+def test_a_size_can_have_a_unit(text: str) -> None:
     assert size_in_bytes("size", text) == 1000
 
 
 @pytest.mark.parametrize("text", ["iB", "1i", "1e3GB", "1.GB", "٣GB", "1GB1", "0.1B", "9" * 30])
-def test_a_size_that_is_none_is_refused(text: str) -> None:
+def test_a_malformed_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="size"):
         size_in_bytes("size", text)
 
 
 @pytest.mark.parametrize("text", ["0.10", "0", "0.13.", "v0.13", "0.13.2.dev0", "1" * 5000 + ".0"])
-def test_a_version_that_is_none_is_refused(text: str) -> None:
+def test_a_malformed_version_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"0\.1[13]"):
         peft_version("peft_version", text)
 

@@ -1,4 +1,4 @@
-"""Small files that would cost much work: each kind of work has a bound."""
+"""Small files that could cause much work: every kind of work has a limit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vera_convert.hub.lookup import Location
 from vera_convert.validation.selection import Settings, read_settings
 
 SECONDS = 10.0
-"""Of the processor; each of these took longer, or tens of times as much memory, without a bound."""
+"""The limit in CPU seconds; without limits, each case took longer or much more memory."""
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def layers(count: int, target: str = "q_proj") -> Iterator[str]:
 
 
 def quantized(base: BaseModel) -> int:
-    """How many layers the config calls quantized."""
+    """Return how many layers the config calls quantized."""
     findings = quantized_targets(base, base.tensors)
     return int(findings[0].reason.partition(" of ")[0].replace(",", "")) if findings else 0
 
@@ -81,14 +81,12 @@ def test_patterns_that_cannot_be_compared_soon_leave_every_layer_quantized(patte
         assert quantized(base_of(layers(500), config)) == 500
 
 
-def test_what_takes_too_long_to_tell_is_quantized_also_where_the_quantized_ones_are_listed() -> (
-    None
-):
+def test_undecided_layers_count_as_quantized_beside_a_list_of_quantized_layers() -> None:
     config = {"quantization_config": {"modules_in_block_to_quantize": ["(a+)+x"]}}
     assert quantized(base_of(iter(["a" * 40 + ".weight"]), config)) == 1
 
 
-def test_names_of_many_parts_are_looked_up_within_a_bound() -> None:
+def test_names_with_many_parts_are_looked_up_within_a_limit() -> None:
     ignored = [".".join(["x"] * size) for size in range(1, 100)]
     config = {"quantization_config": {"quant_method": "fp8", "ignore": ignored}}
     names = (f"{'a.' * 98}n{number}.weight" for number in range(10_000))
@@ -127,7 +125,7 @@ def test_a_config_of_very_many_quantization_configs_is_read_as_one() -> None:
 
 
 def packed_base(count: int, config: Mapping[str, Any]) -> BaseModel:
-    """Return a base whose layers have 8-bit integers, as a quantizer's."""
+    """Return a base whose layers have 8-bit integers, as a quantizer's base has."""
     base = base_of(layers(count), config)
     tensors = {
         name: replace(tensor, info=tensor.info._replace(dtype="I8", end=64))
@@ -189,13 +187,13 @@ def test_nested_configs_with_very_many_types_are_matched_soon() -> None:
         match_modules(lambdas, base_of(names, config))
 
 
-def test_names_that_differ_in_more_than_numbers_are_renamed_within_a_bound() -> None:
+def test_names_that_differ_in_more_than_numbers_are_renamed_within_a_limit() -> None:
     names = (f"language_model.model.layers.0.x{number}y.weight" for number in range(60_000))
     with soon():
         assert not [*release_names(base_of(names, {"model_type": "llava"}))]
 
 
-def test_very_many_replacements_are_told_apart_soon() -> None:
+def test_very_many_replacements_are_distinguished_soon() -> None:
     shapes = {f"base_model.model.x{number}.weight": (8,) for number in range(60_000)}
     base = base_of(iter(()), {})
     match = Match(AS_THEY_ARE, {}, {})
@@ -205,7 +203,7 @@ def test_very_many_replacements_are_told_apart_soon() -> None:
         match_replacements({**shapes, "x7.weight": (8,)}, match, base)
 
 
-def test_very_many_biases_that_the_base_may_call_otherwise_are_placed_soon(
+def test_very_many_biases_that_may_have_other_names_in_the_base_are_placed_soon(
     tmp_path: Path, run: Run
 ) -> None:
     count = 1_500
@@ -220,7 +218,7 @@ def test_very_many_biases_that_the_base_may_call_otherwise_are_placed_soon(
         assert run("validate", adapter, "--base", base).status == 0
 
 
-def test_the_heads_of_many_classes_are_told_apart_soon(tmp_path: Path, run: Run) -> None:
+def test_the_heads_of_many_classes_are_distinguished_soon(tmp_path: Path, run: Run) -> None:
     count = 8_000
     heads = {
         f"base_model.model.x{number}.head.weight": np.zeros((2, 2), np.float32)
@@ -295,7 +293,7 @@ def test_the_message_about_other_sizes_of_a_base_lists_a_few(tmp_path: Path, run
 
 
 @pytest.mark.parametrize("digits", ["1" * 5_000, "0" * 100_000, "٣"])
-def test_a_shard_of_absurdly_many_is_no_shard(digits: str) -> None:
+def test_a_shard_of_an_absurd_number_of_shards_is_no_shard(digits: str) -> None:
     for name in (f"model-1-of-{digits}.safetensors", f"model-{digits}-of-1.safetensors"):
         with soon():
             assert find_weights([name], place="base").single == name
@@ -327,7 +325,7 @@ def test_a_toml_key_of_very_many_parts_is_refused(text: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("text", ["x = " + "9" * 5_000, "x = [" * 5_000, "x = 2020-99-99", "x = "])
-def test_what_tomllib_cannot_read_is_no_toml(text: str, tmp_path: Path) -> None:
+def test_text_that_tomllib_cannot_read_is_no_toml(text: str, tmp_path: Path) -> None:
     with soon(), pytest.raises(UsageError, match="TOML"):
         settings(tmp_path, text)
 
@@ -353,7 +351,7 @@ def test_dots_in_texts_and_numbers_are_no_keys(text: str, tmp_path: Path) -> Non
     assert settings(tmp_path, text + own).ignore == ("V122",)
 
 
-def test_the_bounds_refuse_no_ordinary_base(tmp_path: Path, run: Run) -> None:
+def test_the_limits_refuse_no_ordinary_base(tmp_path: Path, run: Run) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     config = {"model_type": "llama", "quantization_config": {"ignore": ["lm_head", "re:.*_proj"]}}
     base = tiny_base(tmp_path / "base", config=config)

@@ -1,4 +1,4 @@
-"""Counting, held against published figures and against files that PEFT writes."""
+"""Compare the results of `count` with published figures, and with files that PEFT writes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _model(name: str) -> ModelLayers:
         ("llama-13b", ("All-Linear",), 1024, 2_416_640),
     ],
 )
-def test_published_figures_of_vera(
+def test_count_gives_the_published_figures_of_vera(
     name: str, targets: tuple[str, ...], rank: int, parameters: int
 ) -> None:
     result = count(_model(name), rank=rank, targets=targets)
@@ -59,13 +59,13 @@ def test_published_figures_of_vera(
         ("llama-13b", ("all-linear",), 64, 250_347_520),
     ],
 )
-def test_published_figures_of_lora(
+def test_count_gives_the_published_figures_of_lora(
     name: str, targets: tuple[str, ...], rank: int, parameters: int
 ) -> None:
     assert count(_model(name), rank=rank, targets=targets).lora.parameters == parameters
 
 
-def test_the_published_file_is_counted_to_the_byte() -> None:
+def test_the_size_of_the_published_file_is_exact() -> None:
     result = count(_model("llama-3.2-3b"), rank=256, targets=("q_proj", "v_proj"))
     assert result.vera.file_bytes == 6_821_968
     assert (result.max_in, result.max_out, result.layers) == (3072, 3072, 56)
@@ -75,7 +75,7 @@ def test_the_published_file_is_counted_to_the_byte() -> None:
     )
 
 
-def test_without_targets_pefts_default_is_taken() -> None:
+def test_without_targets_peft_s_default_is_used() -> None:
     by_default = count(_model("gpt2-medium"), rank=4)
     assert by_default.groups == count(_model("gpt2-medium"), rank=4, targets=("c_attn",)).groups
     assert by_default.targets == ()
@@ -83,7 +83,7 @@ def test_without_targets_pefts_default_is_taken() -> None:
         count(_model("vit-base"), rank=4)
 
 
-def test_a_base_counts_by_its_headers_alone() -> None:
+def test_a_base_is_counted_from_headers() -> None:
     shapes = {
         "transformer.wte.weight": (96, 32),
         "transformer.h.0.ln_1.weight": (32,),
@@ -109,14 +109,16 @@ def test_a_base_counts_by_its_headers_alone() -> None:
         ("\x1b[31m", r"\x1b"),
     ],
 )
-def test_a_target_that_matches_nothing_names_near_ones(target: str, says: str) -> None:
+def test_the_refusal_of_a_target_without_a_match_names_similar_layers(
+    target: str, says: str
+) -> None:
     with pytest.raises(UsageError) as caught:
         count(_model("llama-7b"), rank=4, targets=("q_proj", target))
     assert says in str(caught.value)
     assert "\x1b" not in str(caught.value)
 
 
-def test_near_names_are_cut_where_there_are_many() -> None:
+def test_a_long_list_of_similar_names_is_cut() -> None:
     model = ModelLayers("a model", None, {f"layer{at}": Linear(4, 4) for at in range(40)})
     with pytest.raises(UsageError, match="and 28 more"):
         count(model, rank=1, targets=("zzz",))
@@ -133,7 +135,7 @@ def test_all_linear_stands_alone() -> None:
         count(_model("llama-7b"), rank=4, targets=("q_proj", "all-linear"))
 
 
-# --- beside PEFT ---------------------------------------------------------------------------------
+# --- compared with PEFT --------------------------------------------------------------------------
 
 TINY: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {
@@ -180,7 +182,7 @@ TINY: dict[str, dict[str, Any]] = {
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sizes_are_those_of_pefts_own_files(
+def test_sizes_equal_those_of_peft_s_files(
     class_name: str, targets: list[str], dtype: str, tmp_path: Path
 ) -> None:
     torch = pytest.importorskip("torch")
@@ -229,7 +231,7 @@ def test_an_unknown_config_is_described_in_words(document: dict[str, Any], words
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("rank", [4, 300])
-def test_the_sizes_are_those_of_the_files_of_embed_and_strip(
+def test_sizes_equal_those_of_the_files_of_embed_and_strip(
     dtype: str, rank: int, tmp_path: Path
 ) -> None:
     base = tiny_base(tmp_path / "base", dtype=dtype)

@@ -1,4 +1,4 @@
-"""The formulas, held against a sum written out, and against what PEFT merged."""
+"""Compare the formulas with an explicit sum, and with the merged weights of PEFT."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Operands = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
 def operands(*dtypes: Any) -> Operands:
-    """A and B, larger than the layer needs, d and b."""
+    """Return A and B, larger than the layer needs, and d and b."""
     values = np.random.default_rng(0)
     shapes = ((RANK, INPUTS + 2), (OUTPUTS + 3, RANK), (RANK,), (OUTPUTS,))
     A, B, d, b = (
@@ -41,7 +41,7 @@ def operands(*dtypes: Any) -> Operands:
 
 
 def written_out(*given: Any) -> NDArray[np.float64]:
-    """The delta, value by value."""
+    """Return the delta, computed value by value."""
     A, B, d, b = (array.astype(np.float64) for array in given)
     return np.array(
         [
@@ -75,26 +75,26 @@ def test_each_operand_is_widened_from_its_own_dtype() -> None:
     assert np.allclose(delta(*given, INPUTS), exact, rtol=0, atol=2e-6)
 
 
-def test_one_float64_operand_makes_all_of_it_float64() -> None:
+def test_one_float64_operand_makes_the_whole_computation_float64() -> None:
     given = operands(np.float32, np.float32, np.float64, np.float32)
     assert np.allclose(delta(*given, INPUTS), written_out(*given), rtol=0, atol=1e-14)
 
 
 def test_a_sum_is_rounded_once() -> None:
-    # Half of the last bit of 1 in bfloat16 is 2^-8, and its even neighbor is 1.
+    # 2^-8 is half of the last bit of 1 in bfloat16, and the even neighbor is 1.
     weight = np.array([1, 1, 1], ml_dtypes.bfloat16)
     change = np.array([2.0**-8, 2.0**-8 + 2.0**-20, 3 * 2.0**-8], np.float32)
     assert merged(weight, change).astype(np.float64).tolist() == [1, 1 + 2.0**-7, 1 + 2.0**-6]
 
 
-def test_float64_comes_to_16_bits_by_way_of_float32() -> None:
+def test_float64_is_rounded_to_float32_before_16_bits_in_a_merge() -> None:
     weight = np.array([1], ml_dtypes.bfloat16)
     change = np.array([2.0**-8 + 2.0**-40])
     assert merged(weight, change).astype(np.float64).tolist() == [1]
 
 
 @pytest.mark.parametrize("path", EXPECTED, ids=lambda path: path.relative_to(FIXTURES).as_posix())
-def test_in_float64_it_gives_every_reference_of_the_fixtures(path: Path) -> None:
+def test_in_float64_the_formula_gives_every_reference_of_the_fixtures(path: Path) -> None:
     expected = json.loads(path.read_bytes())
     ignored = "ignored the stored" in expected.get("default_semantics_note", "")
     projections = ProjectionSource.KEY if ignored else ProjectionSource.AUTO

@@ -29,20 +29,22 @@ def test_a_value_takes_as_many_bytes_in_numpy_as_in_a_file(header: str) -> None:
 
 
 @pytest.mark.parametrize("header", PRECISION)
-def test_the_precision_of_a_float_is_the_one_that_ml_dtypes_measures(header: str) -> None:
+def test_the_precision_of_a_float_equals_that_of_ml_dtypes(header: str) -> None:
     limits = ml_dtypes.finfo(NUMPY_DTYPE[header])  # type: ignore[no-untyped-call]
     assert PRECISION[header].mantissa == limits.nmant
     assert 2.0 ** PRECISION[header].lowest == float(limits.smallest_normal)
 
 
-def test_the_floats_of_16_bits_are_two() -> None:
+def test_there_are_two_floats_of_16_bits() -> None:
     assert {"F64", "F32", "F16", "BF16"} == FLOATS
     assert {"F16", "BF16"} == SIXTEEN_BIT
     assert FLOAT_NAMES == ("float64", "float32", "bfloat16", "float16")
 
 
 def every_value(dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """Every finite value of a 16-bit dtype; of a wider dtype the most extreme values."""
+    """Return every finite value of a 16-bit dtype; of a wider dtype, return the most extreme
+    values.
+    """
     if dtype.itemsize == 2:
         values = np.arange(1 << 16, dtype=np.uint16).view(dtype)
         finite: np.ndarray[Any, Any] = values[np.isfinite(values)]
@@ -77,5 +79,5 @@ def test_a_dtype_holds_every_value_of_another_if_these_come_back_unchanged(
         ("", None),
     ],
 )
-def test_a_dtype_is_known_by_every_usual_spelling(written: str, name: str | None) -> None:
+def test_every_usual_spelling_of_a_dtype_is_accepted(written: str, name: str | None) -> None:
     assert float_name(written) == name

@@ -16,12 +16,12 @@ HERE = Path(__file__).parent
 
 
 class Report(NamedTuple):
-    """One kind of failure.
+    """A kind of failure.
 
     Attributes:
-        kind: what happened.
-        reported: where, in public.
-        seen: the hostile cases and the tests that hold us to the right behavior.
+    kind: a description of the failure.
+    reported: the public reports.
+    seen: the hostile cases and the tests that fail if this package has the failure.
     """
 
     kind: str
@@ -394,7 +394,7 @@ REPORTS = (
 
 @pytest.fixture(scope="module")
 def known() -> frozenset[str]:
-    """The names of every hostile case and of every test."""
+    """Return the names of every hostile case and of every test."""
     sources = (path.read_text(encoding="utf-8") for path in HERE.rglob("test_*.py"))
     tests = {
         name for text in sources for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)
@@ -403,6 +403,6 @@ def known() -> frozenset[str]:
 
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.kind)
-def test_what_was_reported_is_seen_by_a_test(report: Report, known: frozenset[str]) -> None:
+def test_every_reported_failure_has_a_test(report: Report, known: frozenset[str]) -> None:
     assert report.seen
     assert known >= {*report.seen}

@@ -1,4 +1,4 @@
-"""float16 by steps over whole arrays, held against NumPy's casts over every value there is."""
+"""Compare our float16 conversions of whole arrays with NumPy's casts, for every value."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def assert_as_cast(values: NDArray[np.float32]) -> None:
     assert np.array_equal(rounded(values).view(np.uint16), expected.view(np.uint16))
 
 
-def test_every_finite_value_is_widened_and_comes_back() -> None:
+def test_every_finite_value_is_widened_and_rounded_back() -> None:
     wide = np.empty(FINITE.size, np.float32)
     widened_halves(FINITE, wide)
     assert np.array_equal(wide.view(np.uint32), FINITE.astype(np.float32).view(np.uint32))
@@ -51,16 +51,16 @@ def test_any_float32_is_rounded_as_by_a_cast(seed: int) -> None:
 
 
 @pytest.mark.parametrize("value", [65520.0, 1e30, np.inf, -np.inf, -65520.0])
-def test_what_is_beyond_becomes_infinite(value: float) -> None:
+def test_values_beyond_the_range_become_infinite(value: float) -> None:
     with np.errstate(over="ignore"):
         assert_as_cast(np.array([1.0, value, 3.0], np.float32))
 
 
-def test_what_is_no_number_stays_so() -> None:
+def test_nan_and_infinity_are_kept() -> None:
     found = rounded(np.array([1.0, np.nan], np.float32))
     assert found[0] == 1
     assert np.isnan(found[1])
 
 
-def test_no_values_are_rounded_to_no_values() -> None:
+def test_an_empty_array_is_rounded_to_an_empty_array() -> None:
     assert rounded(np.empty(0, np.float32)).size == 0

@@ -1,4 +1,4 @@
-"""Hostile files do no harm: every command ends in time, within the memory, and as expected."""
+"""Hostile files do no harm: every command ends in time, with little memory, and as expected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Arguments = list[object]
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """A good adapter and good bases; what is spoiled is a copy."""
+    """Write a good adapter and good bases; the tests spoil copies."""
     folder = tmp_path_factory.mktemp("originals")
     return {
         "adapter": good_adapter(folder / "adapter", revision="main"),
@@ -37,7 +37,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 
 def calls(adapter: Path, out: Path, base: Path, *, with_base: bool) -> dict[str, Arguments]:
-    """Every command on an adapter; on a hostile base all of them are told of it."""
+    """Return the call of every command; with `with_base`, every call names the base."""
     given = ["--base", base]
     return {
         "validate": ["validate", adapter, *(given if with_base else [])],
@@ -50,8 +50,10 @@ def calls(adapter: Path, out: Path, base: Path, *, with_base: bool) -> dict[str,
     }
 
 
-def looks(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return kind, size, times and identity of everything below a folder, links not followed."""
+def state_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return kind, size, times and identity of every path below a folder, without following
+    links.
+    """
     found: dict[str, tuple[int, ...]] = {}
     folders = [str(folder)]
     while folders:
@@ -64,18 +66,20 @@ def looks(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 TOLD = re.compile(r"^(?:  )?(?:error|warning|note)(?::.*?)? +(V\d\d\d)\b", re.MULTILINE)
-"""How text names a finding: after two spaces in a report, else at the beginning of its line."""
+"""The start of a finding in text: after two spaces in a report, otherwise at the start of a
+line.
+"""
 
 
 def assert_harmless(ended: Ended) -> None:
-    """Nothing that is printed acts on a terminal, or hides from a reader."""
+    """Check that no printed text controls the terminal or hides from a reader."""
     for text in (ended.out, ended.err):
         assert "Traceback" not in text
         assert all(line.replace("\t", "").isprintable() for line in text.split("\n"))
 
 
 def assert_ends(command: str, outcome: Outcome, ended: Ended) -> None:
-    """Status and code are those that were foreseen; one line says why."""
+    """Check that status and code are the expected ones, and that a line gives the reason."""
     said = ended.out if command == "validate" else ended.err
     assert ended.status == outcome.status, said
     codes = TOLD.findall(said)
@@ -94,7 +98,9 @@ def assert_ends(command: str, outcome: Outcome, ended: Ended) -> None:
 
 
 def built(case: Case, originals: Mapping[str, Path], folder: Path) -> tuple[Path, Path]:
-    """Return an adapter and a base, one of them spoiled; skip what this system cannot have."""
+    """Return an adapter and a base, one of them spoiled; skip cases that this system cannot
+    make.
+    """
     if case.posix and os.name != "posix":
         pytest.skip("pipes, sockets and links of POSIX")
     adapter = Path(shutil.copytree(originals["adapter"], folder / "adapter"))
@@ -109,16 +115,16 @@ def built(case: Case, originals: Mapping[str, Path], folder: Path) -> tuple[Path
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_command_ends_as_it_should(
+def test_every_command_ends_as_expected(
     case: Case,
     run: Run,
     originals: Mapping[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # durable writing is tested elsewhere
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # other tests check durable writing
     adapter, base = built(case, originals, tmp_path)
-    before = looks(tmp_path)
+    before = state_of(tmp_path)
     out = tmp_path / "out"
     wanted: Mapping[str, Arguments] = calls(adapter, out, base, with_base=case.on != "adapter")
     for command in COMMANDS:
@@ -131,7 +137,7 @@ def test_every_command_ends_as_it_should(
         if out.exists():
             assert ended.status == 0
             shutil.rmtree(out)
-        assert looks(tmp_path) == before
+        assert state_of(tmp_path) == before
 
 
 def test_there_are_hundreds_of_cases_over_all_families() -> None:
@@ -143,7 +149,7 @@ def test_there_are_hundreds_of_cases_over_all_families() -> None:
     assert {command for case in CASES for command in case.outcomes} == {*COMMANDS}
 
 
-def test_what_was_not_derived_has_a_reason() -> None:
+def test_every_outcome_written_by_hand_has_a_reason() -> None:
     for case in CASES:
         outcomes = {*case.outcomes.values()}
         derived = len(outcomes) == 1 and ACCEPT not in outcomes and SURROUNDINGS not in outcomes
@@ -154,7 +160,7 @@ LEFT_TO_OTHERS = ("V130", "V131", "V132")
 
 
 def test_no_conversion_is_laxer_than_the_validator() -> None:
-    """But for targets, which a conversion evaluates only where A and B have to be sized."""
+    """Patterns for targets are an exception: a conversion evaluates these only to size A and B."""
     for case in CASES:
         found = case.outcomes.get("validate", ACCEPT)
         if found.status != 1 or found.code in LEFT_TO_OTHERS:
@@ -205,7 +211,7 @@ SAMPLE = {
     "a_shard_is_a_pipe": "merge",
     "code_lies_in_the_base": "merge",
 }
-"""One command for each: the cases that a single process could hide from."""
+"""A command for each case that could escape the limits of a single process."""
 
 MOST_ADDRESSES = 2 << 30
 LIMITED = f"""
@@ -219,7 +225,7 @@ main(sys.argv[1:])
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """How a command ended in a separate process, and the files before and after."""
+    """The end of a command in a separate process, and the files before and after."""
 
     ended: Ended
     wrote: bool
@@ -228,8 +234,8 @@ class Process:
 
 
 def ran(arguments: Arguments, folder: Path) -> Process:
-    """Run a command in a folder under limits of time and memory."""
-    before, out = looks(folder), folder / "out"
+    """Run a command in a folder, with limits of time and memory."""
+    before, out = state_of(folder), folder / "out"
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *map(str, arguments)],
         cwd=folder,
@@ -243,14 +249,14 @@ def ran(arguments: Arguments, folder: Path) -> Process:
     wrote = out.exists()
     shutil.rmtree(out, ignore_errors=True)
     ended = Ended(done.returncode, done.stdout, done.stderr)
-    return Process(ended, wrote, before, looks(folder))
+    return Process(ended, wrote, before, state_of(folder))
 
 
 @pytest.fixture(scope="module")
 def processes(
     originals: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Mapping[str, Future[Process]]]:
-    """All of the sample, on every core at once."""
+    """Run all cases of `SAMPLE` at once, on all cores."""
     by_name, started = {case.name: case for case in CASES}, {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, command in SAMPLE.items():
@@ -263,7 +269,7 @@ def processes(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of processes as Linux has them")
 @pytest.mark.parametrize(("name", "command"), SAMPLE.items())
-def test_a_process_of_its_own_ends_in_the_same_way(
+def test_a_separate_process_ends_in_the_same_way(
     name: str, command: str, processes: Mapping[str, Future[Process]]
 ) -> None:
     (case,) = (case for case in CASES if case.name == name)
@@ -278,7 +284,7 @@ def test_a_process_of_its_own_ends_in_the_same_way(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_file_that_changes_while_it_is_read_is_the_surroundings_fault(
+def test_a_file_that_changes_while_it_is_read_is_no_fault_of_the_checkpoint(
     command: str,
     run: Run,
     originals: Mapping[str, Path],
@@ -303,7 +309,7 @@ def test_a_file_that_changes_while_it_is_read_is_the_surroundings_fault(
 
 
 @pytest.mark.parametrize("what", [what for what in ACTING if what != "has_a_nul"])
-def test_the_name_of_a_folder_acts_on_no_terminal(
+def test_the_name_of_a_folder_does_not_control_the_terminal(
     what: str, run: Run, originals: Mapping[str, Path], tmp_path: Path
 ) -> None:
     name = ACTING[what].replace("/", "").replace("\\", "")

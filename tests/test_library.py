@@ -1,4 +1,4 @@
-"""The library from Python: names, signatures, docstrings with examples that run, `repr`s."""
+"""The library in Python: names, signatures, docstrings with examples that run, and `repr`s."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def here(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_stub_lists_the_names_once_each_and_they_can_be_loaded() -> None:
+def test_the_stub_lists_each_name_once_and_every_name_can_be_loaded() -> None:
     stub = (Path(vera_convert.__file__).with_suffix(".pyi")).read_text(encoding="ascii")
     tree = ast.parse(stub)
     aliases = [

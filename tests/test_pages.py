@@ -1,4 +1,4 @@
-"""The pages of docs/ with the output of commands: the commands run here give the same output."""
+"""The commands on the pages of docs/ give the output that the pages show."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from commandline import Run
 
 ROOT = Path(__file__).parent.parent
 OF_THE_MACHINE = re.compile(r"^(time|rounding error) .*\n( .*\n)*", re.MULTILINE)
-"""Rows that depend on the clock, and on the order in which a BLAS adds."""
+"""Lines that depend on the clock, or on the order in which a BLAS adds."""
 
 
 def sessions(page: str) -> list[tuple[str, str]]:
-    """The commands of a page, each with the output below the command."""
+    """Return the commands of a page, each with the output below the command."""
     text = (ROOT / "docs" / page).read_text("utf-8")
     blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [
@@ -27,7 +27,7 @@ def sessions(page: str) -> list[tuple[str, str]]:
 
 
 def words(output: str) -> list[str]:
-    """The words of an output, which a narrow window wraps."""
+    """Return the words of an output, which does not depend on the width of the window."""
     return OF_THE_MACHINE.sub("", output).split()
 
 

@@ -1,4 +1,4 @@
-"""The repository itself: one version, one set of promises, nothing that only one machine knows."""
+"""The repository: one version, one set of promises, no path of a single machine."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ PUBLIC_HOSTS = {
     "semver.org",
     "www.apache.org",
 }
-"""Where an address in this repository may lead, beside names that are no real host."""
+"""The hosts that an address in this repository may name, apart from reserved names."""
 
 NO_HOST = re.compile(
     r"[^.]*|127\.0\.0\.1(:.*)?|(.*\.)?example\.(com|net|org)|.*\.(example|invalid|test|[a-z])"
     r"|.*[^\w.:-].*"
 )
-"""What stands for a host, or is made into one: names kept free for that, and placeholders."""
+"""Reserved names, parts of names, and placeholders in the place of a host."""
 
 OF_ONE_MACHINE = re.compile(r"/(?<![\w.]/)(?:[w]ork|[o]pt|[r]oot|[h]ome/\w+)/|\.\./[s]hared")
 
 
 def tracked() -> list[Path]:
-    """Every text file of the repository that git tracks or would track."""
+    """Return every text file of the repository that git tracks or would track."""
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -59,18 +59,20 @@ def tracked() -> list[Path]:
 
 
 def pins(name: str) -> dict[str, Version]:
-    """The pinned version of each package in a file of requirements/, the first if there are two."""
+    """Return the pinned version of each package in a file of requirements/, the first of
+    several.
+    """
     text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
     found = re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
     return {name: Version(version) for name, version in reversed(found)}
 
 
-def test_the_version_is_one() -> None:
+def test_the_version_is_the_same_everywhere() -> None:
     assert metadata.version("vera-convert") == __version__
     assert str(Version(__version__)) == __version__
 
 
-def test_the_changelog_is_kept_as_keep_a_changelog_says() -> None:
+def test_the_changelog_follows_keep_a_changelog() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert text.startswith("# Changelog\n")
     versions = re.findall(r"^## (.*)$", text, re.MULTILINE)
@@ -86,7 +88,7 @@ def test_the_changelog_is_kept_as_keep_a_changelog_says() -> None:
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
-def test_the_lowest_versions_promised_are_those_that_are_run() -> None:
+def test_the_promised_lowest_versions_are_tested() -> None:
     oldest = pins("oldest.txt")
     for line in PROJECT["dependencies"]:
         requirement = Requirement(line)
@@ -95,7 +97,7 @@ def test_the_lowest_versions_promised_are_those_that_are_run() -> None:
         assert oldest[canonicalize_name(requirement.name)] == Version(bound.version)
 
 
-def test_the_lowest_versions_of_the_extra_torch_are_those_that_are_run() -> None:
+def test_the_lowest_versions_of_the_extra_torch_are_tested() -> None:
     floor = pins("floor.txt") | {"torch": Version(made("TORCH_FLOOR"))}
     for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["torch"]]:
         requirement = Requirement(line)
@@ -104,7 +106,7 @@ def test_the_lowest_versions_of_the_extra_torch_are_those_that_are_run() -> None
         assert floor[canonicalize_name(requirement.name)] == Version(bound.version)
 
 
-def test_the_pins_agree_with_each_other_and_with_what_is_promised() -> None:
+def test_the_pins_agree_with_each_other_and_with_the_promised_versions() -> None:
     everything = pins("test.txt")
     for name, version in pins("demo.txt").items():
         assert everything[name] == version
@@ -116,7 +118,7 @@ def test_the_pins_agree_with_each_other_and_with_what_is_promised() -> None:
 
 
 def made(variable: str) -> str:
-    """The value of a variable of the Makefile."""
+    """Return the value of a variable of the Makefile."""
     found = re.search(
         rf"^{variable} := (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE
     )
@@ -124,7 +126,7 @@ def made(variable: str) -> str:
     return found[1]
 
 
-def test_the_versions_of_torch_are_said_the_same_twice() -> None:
+def test_the_makefile_and_the_resolver_name_the_same_versions_of_torch() -> None:
     resolver = tomllib.loads((ROOT / "requirements" / "uv.toml").read_text("utf-8"))
     said = [
         entry["version"] for entry in resolver["dependency-metadata"] if entry["name"] == "torch"
@@ -147,7 +149,7 @@ def test_the_readme_names_every_command() -> None:
     assert rows == {*COMMANDS}
 
 
-def test_every_page_that_the_texts_link_to_is_there() -> None:
+def test_every_linked_page_exists() -> None:
     for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         text = page.read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -1,4 +1,4 @@
-"""The catalog: complete, in order, and every rule of it seen at work."""
+"""The catalog of rules is complete and in order, and a test provokes every rule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROVOKED = {case.code for case in DEFECTS}
 
 PACKAGE = Path(rules.__file__).parent
 WRITTEN = tomllib.loads(Path(rules.__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-"""The rules as a reader of TOML finds the rules in the file."""
+"""The rules as a TOML reader returns the catalog's file."""
 
 
 def test_codes_stand_in_order_and_only_once() -> None:
@@ -74,12 +74,12 @@ def test_a_finding_has_its_file_and_tensor_as_fields() -> None:
 
 @pytest.mark.parametrize("code", CATALOG)
 def test_every_rule_is_provoked(code: str) -> None:
-    """By a defect, or by a test that names its code."""
+    """A defect breaks the rule, or the text of a test names the rule's code."""
     named = (code in path.read_text(encoding="utf-8") for path in HERE.rglob("test_*.py"))
     assert code in PROVOKED or (code.startswith(("V006", "V3", "V5", "V6", "V7")) and any(named))
 
 
-def test_every_defect_is_of_a_rule() -> None:
+def test_every_defect_breaks_a_rule() -> None:
     assert CATALOG.keys() >= PROVOKED
 
 
@@ -87,7 +87,7 @@ OF_ADAPTERS = [case for case in DEFECTS if case.on == "adapter" and case.possibl
 
 
 @pytest.mark.parametrize("case", OF_ADAPTERS, ids=lambda case: case.name)
-def test_a_spoiled_adapter_is_told_for_what_is_wrong_alone(tmp_path: Path, case: Defect) -> None:
+def test_a_spoiled_adapter_breaks_only_the_rule_of_its_defect(tmp_path: Path, case: Defect) -> None:
     folder = good_adapter(tmp_path / "adapter")
     case.spoil(folder)
     find = case.find if isinstance(case, AdapterDefect) else opening
@@ -106,7 +106,9 @@ def test_the_good_adapter_breaks_no_rule(tmp_path: Path, find: adapterdefects.Fi
 @pytest.mark.parametrize(
     "find", [opening, running_info(), stripping()], ids=["open", "info", "strip"]
 )
-def test_nor_does_it_when_it_is_stripped(tmp_path: Path, find: adapterdefects.Finder) -> None:
+def test_the_stripped_good_adapter_breaks_no_rule(
+    tmp_path: Path, find: adapterdefects.Finder
+) -> None:
     folder = good_adapter(tmp_path / "adapter")
     bare(folder)
     assert codes(find, folder) == []

@@ -1,4 +1,4 @@
-"""The published schemas: well formed, explained, and true of what PEFT writes."""
+"""The published schemas are well formed, explained, and agree with the files of PEFT."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORM_OF_VERSION = {
 
 
 def properties(schema: object, path: str = "") -> Iterator[tuple[str, dict[str, object]]]:
-    """Every property that a schema defines with a type or values, with its path."""
+    """Return the path of every property that a schema defines with a type or values."""
     if isinstance(schema, list):
         for item in schema:
             yield from properties(item, path)
@@ -49,18 +49,18 @@ def test_the_result_of_every_function_has_a_schema() -> None:
 
 @pytest.mark.parametrize("name", schema_names())
 class TestEverySchema:
-    def test_is_a_schema_that_others_can_refer_to(self, name: str) -> None:
+    def test_the_schema_has_an_address_for_references(self, name: str) -> None:
         schema = load_schema(name)
         Draft202012Validator.check_schema(schema)
         assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
         assert schema["$id"] == f"urn:vera-convert:schema:{name}"
 
-    def test_explains_itself(self, name: str) -> None:
+    def test_the_schema_has_a_title_and_a_description(self, name: str) -> None:
         schema = load_schema(name)
         assert schema["title"]
         assert schema["description"]
 
-    def test_names_no_field_without_a_word_on_it(self, name: str) -> None:
+    def test_every_field_has_a_description(self, name: str) -> None:
         explained: set[str] = set()
         named: set[str] = set()
         for path, prop in properties(load_schema(name)):
@@ -71,7 +71,7 @@ class TestEverySchema:
         assert named <= explained
 
 
-def test_an_unknown_schema_is_refused_with_the_names_that_there_are() -> None:
+def test_an_unknown_schema_is_refused_with_the_existing_names() -> None:
     with pytest.raises(ValueError, match=r"no schema is called '\.\./x'; .*adapter_config"):
         load_schema("../x")
 
@@ -79,13 +79,13 @@ def test_an_unknown_schema_is_refused_with_the_names_that_there_are() -> None:
 class TestAdapterConfig:
     @pytest.fixture
     def config(self, fixtures: Path) -> dict[str, object]:
-        """The config of an adapter that PEFT 0.21.2 wrote."""
+        """Return the config of an adapter of PEFT 0.21.2."""
         path = fixtures / "0.21.2" / "llama_fp32_proj" / "adapter_config.json"
         document: dict[str, object] = json.loads(path.read_bytes())
         return document
 
     @pytest.mark.parametrize(("version", "form"), FORM_OF_VERSION.items())
-    def test_holds_for_what_each_version_wrote(
+    def test_configs_of_every_version_satisfy_the_schema(
         self, version: str, form: str, fixtures: Path, schema_errors: SchemaErrors
     ) -> None:
         paths = sorted((fixtures / version).glob("*/adapter_config.json"))
@@ -98,7 +98,9 @@ class TestAdapterConfig:
                 for other in set(FORM_OF_VERSION.values()) - {form}:
                     assert schema_errors("adapter_config", document, anchor=other)
 
-    def test_holds_for_the_trained_adapter(self, minilm: Path, schema_errors: SchemaErrors) -> None:
+    def test_the_config_of_the_trained_adapter_satisfies_the_schema(
+        self, minilm: Path, schema_errors: SchemaErrors
+    ) -> None:
         configs = [*minilm.glob("*/adapter_config.json")]
         assert configs
         for path in configs:
@@ -120,7 +122,7 @@ class TestAdapterConfig:
         ],
         ids=str,
     )
-    def test_allows_what_peft_allows(
+    def test_the_schema_allows_all_forms_that_peft_allows(
         self, change: dict[str, object], config: dict[str, object], schema_errors: SchemaErrors
     ) -> None:
         assert schema_errors("adapter_config", config | change) == []
@@ -171,19 +173,19 @@ class TestAdapterConfig:
         ],
         ids=str,
     )
-    def test_refuses_what_no_version_wrote(
+    def test_the_schema_refuses_configs_that_no_version_wrote(
         self, change: dict[str, object], config: dict[str, object], schema_errors: SchemaErrors
     ) -> None:
         assert schema_errors("adapter_config", config | change)
 
-    def test_demands_every_field(
+    def test_every_field_is_required(
         self, config: dict[str, object], schema_errors: SchemaErrors
     ) -> None:
         for field in config.keys() - {"peft_version"}:
             rest = {key: value for key, value in config.items() if key != field}
             assert schema_errors("adapter_config", rest), field
 
-    def test_knows_what_old_versions_allowed(
+    def test_the_schema_allows_configs_of_old_versions(
         self, fixtures: Path, schema_errors: SchemaErrors
     ) -> None:
         path = fixtures / "0.13.2" / "llama_fp32_proj" / "adapter_config.json"
@@ -193,7 +195,7 @@ class TestAdapterConfig:
         assert schema_errors("adapter_config", old | {"layers_pattern": ["layers"]})
         assert schema_errors("adapter_config", old | {"bias": "lora_only"})
 
-    def test_agrees_with_the_installed_peft(
+    def test_the_schema_agrees_with_the_installed_peft(
         self, tmp_path: Path, schema_errors: SchemaErrors
     ) -> None:
         peft = pytest.importorskip("peft")

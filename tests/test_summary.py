@@ -1,4 +1,4 @@
-"""info: what an adapter is, told without a mistake."""
+"""`info` describes an adapter without a mistake."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def effects(found: AdapterInfo) -> dict[str, tuple[str, tuple[str, ...] | None]]
     sorted(FIXTURES.glob("*/*/expected*.json")),
     ids=lambda path: "/".join(path.relative_to(FIXTURES).parts),
 )
-def test_says_of_every_fixture_what_that_peft_did(path: Path) -> None:
+def test_info_names_the_projections_that_the_fixture_s_peft_used(path: Path) -> None:
     expected = json.loads(path.read_bytes())
     folder = path.parent
     found = info(folder, base=base_of(folder))
@@ -68,7 +68,7 @@ def test_says_of_every_fixture_what_that_peft_did(path: Path) -> None:
 
 
 CASES: dict[str, tuple[Spoiler, tuple[str, ...] | None, tuple[str, ...] | None]] = {
-    # what is stored, and on which dtypes older and newer PEFT use just that
+    # the stored A and B, and the base dtypes on which older and newer PEFT use exactly these
     "the usual draw": (all_of(), ("float32",), EVERY_DTYPE),
     "rounded to bfloat16": (drawn(rounding=Rounding.BF16), ("bfloat16",), EVERY_DTYPE),
     "rounded to float16": (drawn(rounding=Rounding.FP16), ("float16",), EVERY_DTYPE),
@@ -89,7 +89,7 @@ CASES: dict[str, tuple[Spoiler, tuple[str, ...] | None, tuple[str, ...] | None]]
 
 
 @pytest.mark.parametrize(("spoil", "old", "new"), CASES.values(), ids=CASES)
-def test_says_what_each_peft_uses(
+def test_info_names_the_projections_that_each_peft_uses(
     spoil: Spoiler, old: tuple[str, ...] | None, new: tuple[str, ...] | None, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
@@ -100,7 +100,7 @@ def test_says_what_each_peft_uses(
         assert found == {OLD: ("key", old), NEW: ("file" if stored else "key", new)}
 
 
-def test_a_base_of_other_dims_makes_peft_draw_others(tmp_path: Path) -> None:
+def test_a_base_with_other_dims_makes_peft_draw_other_projections(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", target_modules=["q_proj", "v_proj", "down_proj"])
     found = info(folder, base=BaseOptions(str(tiny_base(tmp_path / "base"))))
     assert effects(found)[OLD] == ("key", ())
@@ -135,7 +135,7 @@ def test_info_names_the_draw(
         assert (found.draw.in_features, found.draw.out_features, found.draw.key) == (16, 16, KEY)
 
 
-def test_tells_the_first_difference_of_a_spoiled_draw(tmp_path: Path) -> None:
+def test_info_names_the_first_difference_of_a_spoiled_draw(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
 
     def spoil(stored: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def test_tells_the_first_difference_of_a_spoiled_draw(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("*/*/adapter_config.json"))[::6], ids=str)
-def test_sizes_are_those_that_would_be_written(path: Path, tmp_path: Path) -> None:
+def test_sizes_equal_those_of_written_files(path: Path, tmp_path: Path) -> None:
     folder = path.parent
     found = info(folder, base=base_of(folder))
     assert found.sizes.as_is == (folder / WEIGHTS).stat().st_size
@@ -174,7 +174,7 @@ def test_sizes_are_those_that_would_be_written(path: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("engine", EngineName)
-def test_a_dry_run_of_a_lora_states_the_size_that_is_written(
+def test_a_dry_run_of_a_lora_states_the_size_of_the_written_file(
     engine: EngineName, tmp_path: Path
 ) -> None:
     if engine is EngineName.GGUF:
@@ -199,7 +199,7 @@ def test_a_dry_run_reads_no_weight_to_state_a_size(
     assert to_lora(adapter, tmp_path / "out", base=base, options=options).size > 0
 
 
-def test_a_dry_run_of_a_merge_states_the_sizes_that_are_written(tmp_path: Path) -> None:
+def test_a_dry_run_of_a_merge_states_the_sizes_of_the_written_files(tmp_path: Path) -> None:
     adapter, base, out = good_adapter(tmp_path / "a"), filled_base(tmp_path / "b"), tmp_path / "out"
     for options in ({}, {"max_shard_size": 6000}, {"dtype": "bfloat16"}):
         planned = merge(
@@ -222,7 +222,7 @@ def test_a_dry_run_of_a_merge_states_the_sizes_that_are_written(tmp_path: Path) 
         (ml_dtypes.bfloat16, "float16"),
     ],
 )
-def test_the_size_embedded_is_told_if_it_can_be(
+def test_the_embedded_size_is_reported_if_the_base_is_known(
     lambdas: Any, dtype: str | None, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True)
@@ -233,14 +233,14 @@ def test_the_size_embedded_is_told_if_it_can_be(
     assert info(folder, base=options).sizes.embedded == done.bytes_after
 
 
-def test_a_size_that_only_drawing_would_tell_is_not_told(tmp_path: Path) -> None:
+def test_a_size_that_needs_a_draw_is_not_reported(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True)
     tensors(lambda all_: {name: a.astype(np.float16) for name, a in all_.items()})(folder)
     options = BaseOptions(str(tiny_base(tmp_path / "base")), dtype="bfloat16")
     assert info(folder, base=options).sizes.embedded is None
 
 
-def test_counts_layers_by_kind_and_shape(tmp_path: Path) -> None:
+def test_layers_are_counted_by_kind_and_shape(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     alone = info(folder)
     assert [(g.name, g.layers, g.out_features, g.in_features) for g in alone.groups] == [
@@ -256,13 +256,13 @@ def test_counts_layers_by_kind_and_shape(tmp_path: Path) -> None:
     assert based.sizes.lora is not None
 
 
-def test_lists_what_replaces_the_bases_own(tmp_path: Path) -> None:
+def test_tensors_that_replace_the_base_s_are_listed(tmp_path: Path) -> None:
     head = {"base_model.model.score.weight": np.ones((3, 16), np.float32)}
     folder = good_adapter(tmp_path / "adapter", tensors=head, modules_to_save=["score"])
     assert info(folder).replacements == ("base_model.model.score.weight",)
 
 
-def test_the_weight_of_a_head_without_vectors_replaces_the_bases_own(tmp_path: Path) -> None:
+def test_the_weight_of_a_head_without_vectors_replaces_the_base_s(tmp_path: Path) -> None:
     head = {"base_model.model.lm_head.base_layer.weight": np.ones((32, 16), np.float32)}
     assert info(good_adapter(tmp_path / "adapter", tensors=head)).replacements == (*head,)
 
@@ -277,7 +277,7 @@ def test_the_weight_of_a_head_without_vectors_replaces_the_bases_own(tmp_path: P
         ("example/tiny-llama", "not in the local cache"),
     ],
 )
-def test_does_without_a_base_that_cannot_be_had_and_says_so(
+def test_an_unavailable_base_is_reported_and_not_needed(
     name: str | None, said: str, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter", base_model_name_or_path=name)
@@ -288,7 +288,7 @@ def test_does_without_a_base_that_cannot_be_had_and_says_so(
 
 
 @pytest.mark.parametrize("projections", ProjectionSource)
-def test_tells_of_the_stored_projections_whatever_is_meant(
+def test_info_describes_the_stored_projections_for_every_option(
     projections: ProjectionSource, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
@@ -298,14 +298,14 @@ def test_tells_of_the_stored_projections_whatever_is_meant(
     assert found.draw.key == KEY + 1
 
 
-def test_the_keys_projections_need_a_dtype(tmp_path: Path) -> None:
+def test_info_on_the_key_s_projections_needs_a_dtype(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     drawn(key=KEY + 1)(folder)
     with pytest.raises(UsageError, match="--base-dtype"):
         info(folder, projections=ProjectionSource.KEY)
 
 
-def test_a_base_of_the_config_that_is_at_hand_is_read(
+def test_a_cached_base_of_the_config_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit, name = "c" * 40, "models--example--tiny-llama"
@@ -318,18 +318,19 @@ def test_a_base_of_the_config_that_is_at_hand_is_read(
     found = info(folder)
     assert found.base_facts.source == f"example/tiny-llama@{commit}"
     assert found.base_facts.rounding is Rounding.BF16
-    # One that cannot be read is no reason to say nothing of the adapter.
+    # A base that cannot be read does not prevent the description of the adapter.
     (snapshot / "config.json").write_text("{")
     assert "V022" in info(folder).base_facts.source
     monkeypatch.chdir(tmp_path)
     (tmp_path / "example").mkdir()
     (tmp_path / "example" / "tiny-llama").mkdir()
-    assert "V022" in info(folder).base_facts.source  # a folder that is no model is not meant
+    # a folder without a model is not taken for the base
+    assert "V022" in info(folder).base_facts.source
     (tmp_path / "example" / "tiny-llama" / "config.json").write_text("{}")
     assert "--base ./example/tiny-llama or" in info(folder).base_facts.source
 
 
-def test_an_input_that_changes_meanwhile_is_noticed(
+def test_an_input_that_changes_while_it_is_read_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""The phrases that messages share: safe names, lists, counts."""
+"""Phrases that messages share: escaped names, lists, counts."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from vera_convert.text import (
         ("\n" * 10_000, "\\n" * 300 + "… (10,000 characters)"),
     ],
 )
-def test_text_is_shown_without_what_acts_or_hides(text: str, shown: str) -> None:
+def test_text_is_shown_without_control_and_invisible_characters(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
 @given(st.text(st.characters(exclude_categories=())))
-def test_whatever_is_shown_is_printable_and_can_be_written(text: str) -> None:
+def test_all_shown_text_is_printable_and_can_be_encoded(text: str) -> None:
     shown = printable(text)
     assert shown.isprintable()
     assert len(shown) <= 10 * 300 + 30
@@ -60,7 +60,7 @@ def test_a_command_is_escaped_and_never_cut() -> None:
 @pytest.mark.parametrize(
     ("number", "text"), [(0, "0 layers"), (1, "1 layer"), (2, "2 layers"), (1000, "1,000 layers")]
 )
-def test_a_number_stands_with_its_noun(number: int, text: str) -> None:
+def test_a_number_has_the_right_form_of_its_noun(number: int, text: str) -> None:
     assert counted(number, "layer") == text
 
 
@@ -75,7 +75,7 @@ def test_a_number_stands_with_its_noun(number: int, text: str) -> None:
         (70500, "", " and 70,500 more"),
     ],
 )
-def test_the_rest_of_a_list_is_counted(number: int, noun: str, text: str) -> None:
+def test_the_omitted_part_of_a_list_is_counted(number: int, noun: str, text: str) -> None:
     assert and_more(number, noun) == text
 
 
@@ -86,7 +86,7 @@ def test_a_list_shows_its_first_names_escaped_and_counts_the_others() -> None:
     assert listed(["a", "b", "c"], 1, noun="layer") == "a and 2 more layers"
 
 
-def test_there_is_one_and_there_are_several() -> None:
+def test_there_is_a_single_name_or_there_are_several_names() -> None:
     assert there_are(["a"]) == "there is a"
     assert there_are(["a", "b"]) == "there are a, b"
 

@@ -1,4 +1,4 @@
-"""The wheel, built from the tree and installed alone: it works where nothing else is."""
+"""Build the wheel, install only the wheel with its requirements, and run the command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Run a command that must succeed and return what it printed."""
+    """Run a command that must succeed, and return the output."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -47,7 +47,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def needed_by(
     distribution: metadata.Distribution, seen: set[str]
 ) -> Iterator[metadata.Distribution]:
-    """Every installed distribution, but those in `seen`, that `distribution` needs at run time."""
+    """Yield every installed distribution that `distribution` needs at run time, except those in
+    `seen`.
+    """
     for line in distribution.requires or []:
         requirement = Requirement(line)
         name = canonicalize_name(requirement.name)
@@ -74,7 +76,7 @@ def link(distribution: metadata.Distribution, site: Path) -> None:
 
 @pytest.fixture(scope="module")
 def scripts(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts of an environment with the wheel and what it declares to need, and no more."""
+    """Return the scripts of an environment with only the wheel and its declared requirements."""
     home = tmp_path_factory.mktemp("environment")
     venv.create(home)
     folder = home / ("Scripts" if os.name == "nt" else "bin")
@@ -91,7 +93,7 @@ def scripts(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_holds_the_package_the_schemas_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_only_the_package_and_the_schemas(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         names = set(archive.namelist())
     code = {name for name in names if ".dist-info/" not in name}
@@ -133,7 +135,9 @@ def test_the_source_archive_builds_the_same_wheel(wheel: Path, tmp_path: Path) -
     assert rebuilt.read_bytes() == wheel.read_bytes()
 
 
-def test_nothing_but_what_it_declares_is_there(scripts: Path, tmp_path: Path) -> None:
+def test_the_environment_holds_only_the_declared_requirements(
+    scripts: Path, tmp_path: Path
+) -> None:
     code = """
 import importlib.util as u, vera_convert
 assert "site-packages" in vera_convert.__file__, vera_convert.__file__
@@ -142,11 +146,11 @@ print([name for name in ("torch", "peft", "pytest", "jsonschema", "pip") if u.fi
     assert run(scripts / "python", "-I", "-c", code, cwd=tmp_path) == "[]\n"
 
 
-def test_its_command_tells_the_version(scripts: Path, tmp_path: Path) -> None:
+def test_the_installed_command_prints_the_version(scripts: Path, tmp_path: Path) -> None:
     assert __version__ in run(scripts / "vera-convert", "--version", cwd=tmp_path)
 
 
-def test_its_schemas_can_be_loaded(scripts: Path, tmp_path: Path) -> None:
+def test_the_installed_schemas_can_be_loaded(scripts: Path, tmp_path: Path) -> None:
     code = """
 from vera_convert.schemas import load_schema, schema_names
 print([load_schema(name)["$id"].rpartition(":")[2] for name in schema_names()])
@@ -155,7 +159,9 @@ print([load_schema(name)["$id"].rpartition(":")[2] for name in schema_names()])
     assert printed == f"{list(schema_names())}\n"
 
 
-def test_it_describes_and_strips_an_adapter(scripts: Path, tmp_path: Path, fixtures: Path) -> None:
+def test_the_installed_command_describes_and_strips_an_adapter(
+    scripts: Path, tmp_path: Path, fixtures: Path
+) -> None:
     adapter = fixtures / "0.21.2" / "llama_fp32_proj"
     base = fixtures / "bases" / "llama-fp32"
     document = run(scripts / "vera-convert", "info", adapter, "--json", cwd=tmp_path)
