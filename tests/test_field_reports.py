@@ -32,7 +32,7 @@ class Report(NamedTuple):
 REPORTS = (
     # --- names of tensors ---
     Report(
-        "an adapter whose names fit nothing of the model is accepted and does nothing",
+        "an adapter whose names fit no layer of the model is accepted and has no effect",
         "vllm-project/vllm #34186, #34591",
         (
             "test_names_that_do_not_fit_are_refused_with_counts_and_examples",
@@ -40,7 +40,7 @@ REPORTS = (
         ),
     ),
     Report(
-        "names carry _orig_mod from torch.compile and load as nothing",
+        "names contain _orig_mod from torch.compile, and no tensor is loaded",
         "MakazhanAlpamys/Soup #335, #351",
         (
             "V215-names_begin_with_orig_mod",
@@ -49,7 +49,7 @@ REPORTS = (
         ),
     ),
     Report(
-        "names carry the adapter's name, or the adapter lies in a folder of that name",
+        "names contain the adapter's name, or the adapter lies in a folder of that name",
         "huggingface/peft #2699, #2252",
         (
             "V216-names_end_with_the_adapters",
@@ -58,7 +58,7 @@ REPORTS = (
         ),
     ),
     Report(
-        "a release of transformers moves layers, and older adapters match nothing",
+        "a release of transformers moves layers, and older adapters match no layer",
         "huggingface/transformers #38927, huggingface/peft #2574",
         (
             "test_each_layout_of_llava_is_found_in_each_other_layout",
@@ -75,7 +75,7 @@ REPORTS = (
         ),
     ),
     Report(
-        "a merged model has the names of memory where those of the base's files are expected",
+        "a merged model has names from memory instead of the names of the base's files",
         "huggingface/transformers #38489, #45358",
         (
             "test_shards_keep_their_headers_and_the_index_its_bytes",
@@ -103,7 +103,7 @@ REPORTS = (
         ("test_only_a_merged_model_is_replaced",),
     ),
     Report(
-        "the delta drowns in the rounding of the base, and nobody is told",
+        "the delta is lost in the rounding of the base, without a warning",
         "OpenBMB/MiniCPM-V #502, meta-pytorch/torchtune #1101",
         (
             "test_a_delta_that_is_lost_in_rounding_is_a_warning",
@@ -111,7 +111,7 @@ REPORTS = (
         ),
     ),
     Report(
-        "tensors are decoded in another type than their own",
+        "tensors are decoded in the wrong dtype",
         "paiml/aprender #2189",
         (
             "test_each_tensor_keeps_its_own_dtype",
@@ -125,7 +125,7 @@ REPORTS = (
         ("test_a_merge_equals_the_merge_of_peft", "test_a_model_that_is_merged_again_is_found"),
     ),
     Report(
-        "a value that is no number is merged, or found when weights have changed already",
+        "a NaN is merged, or found only after weights were changed",
         "huggingface/peft #3682, #3689, #3705, #3710",
         (
             "test_a_trained_value_that_is_not_finite_is_named",
@@ -135,12 +135,12 @@ REPORTS = (
         ),
     ),
     Report(
-        "a change of the head changes the embedding that is tied to it",
+        "a change of the head changes the tied embedding",
         "huggingface/peft #2018, #2244, ggml-org/llama.cpp #9065",
         ("test_a_tied_head_is_refused", "test_a_tied_head_is_untied"),
     ),
     Report(
-        "a trained head is lost, or one that nobody declared is taken",
+        "a trained head is lost, or an undeclared head is used",
         "huggingface/peft #2502, sentence-transformers #3980",
         (
             "test_an_adapter_s_head_replaces_the_base_s_head",
@@ -149,18 +149,18 @@ REPORTS = (
         ),
     ),
     Report(
-        "trained biases are dropped, or added where they replace",
+        "trained biases are dropped, or added instead of replaced",
         "huggingface/peft #3306",
         ("V223-trained_biases_are_gone", "test_trained_biases_replace_the_base_s_biases"),
     ),
     Report(
-        "a variant with a third vector is merged as if it were plain VeRA",
+        "a variant with a third vector is merged as plain VeRA",
         "TonAnh/VeRA-plus, its layer",
         ("V219-a_third_lambda", "V101-config_is_of_vera_plus"),
     ),
     # --- the config ---
     Report(
-        "a config of a newer release has fields that an older one dies of",
+        "a config of a newer release has fields that stop an older release",
         "huggingface/peft #2275, oobabooga/textgen #6819, modelscope/ms-swift #3141",
         (
             "V110-config_has_a_new_field",
@@ -169,7 +169,7 @@ REPORTS = (
         ),
     ),
     Report(
-        "a model's config, or one without a method, ends in a KeyError",
+        "a model's config, or a config without a method, ends in a KeyError",
         "huggingface/peft #1661, #662, #1168",
         (
             "V101-config_is_of_a_model",
@@ -179,7 +179,7 @@ REPORTS = (
         ),
     ),
     Report(
-        "a seed is described as a switch, so that true or text stands there",
+        "a seed is described as a switch, so the config holds true or a text",
         "modelscope/ms-swift, its parameters",
         (
             "V105-key_is_true",
@@ -190,12 +190,12 @@ REPORTS = (
         ),
     ),
     Report(
-        "a target matches in some layers only, and nobody is told",
+        "a target matches only in some layers, without a warning",
         "huggingface/peft #3658, #1024, #3610",
         ("test_a_target_in_only_some_layers_is_reported",),
     ),
     Report(
-        "one revision is taken for the adapter and for its base",
+        "the same revision is used for the adapter and for the base",
         "huggingface/peft #1567, huggingface/transformers #29849",
         (
             "test_adapters_and_their_base_come_from_the_hub",
@@ -205,7 +205,7 @@ REPORTS = (
     ),
     # --- tokenizers and side files ---
     Report(
-        "files beside the weights are missing after a merge, or written anew",
+        "side files are missing after a merge, or rewritten",
         "arcee-ai/mergekit #275, modelscope/ms-swift #566",
         ("test_side_files_are_copied_byte_by_byte", "code_lies_in_the_base"),
     ),
@@ -218,7 +218,7 @@ REPORTS = (
         ),
     ),
     Report(
-        "an embedding of another height than the base's fails in the middle",
+        "an embedding of another height than the base's fails halfway",
         "axolotl #2277, hiyouga/LlamaFactory #3125, allenai/open-instruct #124, #142",
         ("test_an_embedding_of_another_height_is_refused_with_both_heights",),
     ),
@@ -252,7 +252,7 @@ REPORTS = (
         ),
     ),
     Report(
-        "the index names shards that are not there, and random values take their place",
+        "the index names missing shards, and random values replace the weights",
         "sgl-project/sglang #32279, Neph0s/CoSER #3",
         (
             "test_a_shard_that_is_missing_is_refused",
@@ -261,23 +261,23 @@ REPORTS = (
         ),
     ),
     Report(
-        "the index gives a number of tensors where the bytes are meant",
-        "axolotl, its merge of LoRA",
+        "the index states the number of tensors instead of the number of bytes",
+        "axolotl's merge of LoRA",
         ("test_a_wrong_total_size_is_corrected", "index_has_a_size_that_is_text"),
     ),
     # --- the Hub and paths ---
     Report(
-        "the network is asked though it was forbidden",
+        "a forbidden network is used",
         "huggingface/peft #1452, #867, huggingface/transformers #31700",
         ("test_offline_no_socket_is_opened", "test_a_merge_can_be_repeated_offline"),
     ),
     Report(
-        "a token reaches the adapter's repo and not the base's, or a log",
+        "a token is sent only to the adapter's repo and not to the base's, or is logged",
         "huggingface/trl #1825, huggingface/transformers #26488, #25649",
         ("test_the_same_token_goes_to_adapter_and_base", "test_a_token_is_never_printed"),
     ),
     Report(
-        "the base is called by a path of one machine",
+        "the base is named by a path of a single machine",
         "huggingface/transformers #33922, #32212, huggingface/peft #938",
         (
             "V120-base_is_a_path",
@@ -286,7 +286,7 @@ REPORTS = (
         ),
     ),
     Report(
-        "of pickled and other weights the wrong ones are loaded",
+        "the wrong file is loaded if there are pickled and other weights",
         "predibase/lorax #51, huggingface/peft #546, huggingface/text-generation-inference #1333",
         ("V012-weights_are_pickled", "V013-pickled_weights_lie_beside"),
     ),
@@ -297,7 +297,7 @@ REPORTS = (
         ("test_memory_does_not_grow_with_the_model",),
     ),
     Report(
-        "the disk is full half way, and that is called a success",
+        "a disk that becomes full counts as a success",
         "unslothai/unsloth #732, #534, #1122",
         (
             "test_free_space_is_checked_before_any_write",
@@ -307,7 +307,7 @@ REPORTS = (
     ),
     # --- LoRA ---
     Report(
-        "a server refuses an adapter with modules that were trained whole",
+        "a server refuses an adapter with fully trained modules",
         "ggml-org/llama.cpp #11554, vllm-project/vllm #9280, #21500",
         (
             "test_a_trained_head_is_kept_for_peft_with_a_warning",
@@ -316,7 +316,7 @@ REPORTS = (
         ),
     ),
     Report(
-        "the rank is above the server's limit, and only the server says so",
+        "only the server reports a rank above the server's limit",
         "vllm-project/vllm #2847, NVIDIA/TensorRT-LLM #1903, PrimeIntellect-ai/prime-rl #1408",
         (
             "test_a_rank_that_vllm_does_not_serve_is_refused_with_an_exact_remedy",
@@ -325,7 +325,7 @@ REPORTS = (
         ),
     ),
     Report(
-        "a head of several layers collapses into one when the adapter becomes a LoRA",
+        "a head of several layers becomes a single layer in the LoRA",
         "PEFT's save_as_lora, on RoBERTa",
         (
             "test_peft_gives_the_outputs_of_the_vera_adapter",
@@ -333,7 +333,7 @@ REPORTS = (
         ),
     ),
     Report(
-        "a layer with fewer outputs than the rank makes no LoRA",
+        "a layer with fewer outputs than the rank is not converted to a LoRA",
         "PEFT's save_as_lora, on layers with grouped keys",
         (
             "test_a_rank_above_a_layers_outputs_is_exact",
@@ -342,7 +342,7 @@ REPORTS = (
     ),
     # --- quantized bases ---
     Report(
-        "the scales of a quantized base are left out of account",
+        "the scales of a quantized base are ignored",
         "unslothai/unsloth #4919, unslothai/unsloth-zoo #803",
         (
             "test_without_the_option_an_fp8_base_is_refused_and_nothing_is_written",
@@ -357,7 +357,7 @@ REPORTS = (
         ("V210-vera_b_is_short", "test_a_layer_wider_than_b_is_named_with_both_sizes"),
     ),
     Report(
-        "the same seed gives other bits on another processor",
+        "the same seed gives different bits on another processor",
         "pytorch #155423, #155552, #148247",
         ("test_every_variant_and_rounding_is_recognized", "test_a_single_flipped_bit_is_refused"),
     ),
@@ -367,12 +367,12 @@ REPORTS = (
         ("V401-projections_are_random", "test_projections_that_are_no_draw_are_never_stripped"),
     ),
     Report(
-        "nothing says how A and B were drawn, and they were not drawn from the seed",
+        "no field says how A and B were drawn, and the seed gives other matrices",
         "mindspore-lab/mindnlp, its VeRA",
         ("nobody_says_who_dropped_the_projections",),
     ),
     Report(
-        "a save under ZeRO-3 holds no values",
+        "a file saved under ZeRO-3 holds no values",
         "huggingface/peft #2892, #2500, #2450, huggingface/trl #4416, DeepSpeed #7900",
         (
             "V201-all_tensors_are_gone",

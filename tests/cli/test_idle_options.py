@@ -72,8 +72,8 @@ def test_an_option_without_an_effect_is_a_warning(
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """Return the bytes of the model's or adapter's own files; records are left out: they name
-    options.
+    """Return the bytes of the model's or adapter's own files, without records, which name
+    the options.
     """
     files = [out] if out.is_file() else [*out.rglob("*config.json"), *out.rglob("*.safetensors")]
     return {file.name: without_header(file) for file in files}

@@ -606,7 +606,7 @@ def test_validate_names_a_tied_pair_that_a_merge_must_untie(
 
 
 def test_the_shared_module_of_an_encoder_decoder_stays_as_in_the_base(tmp_path: Path) -> None:
-    """PEFT wraps `shared` alone, and the encoder and the decoder read embeddings of their own."""
+    """PEFT wraps only `shared`; the encoder and the decoder read other embeddings."""
     own = {f"{PREFIX}shared.weight": np.full((32, 16), 2, np.float32)}
     adapter = good_adapter(tmp_path / "a", tensors=own, modules_to_save=["shared"])
     base = filled_base(tmp_path / "base", tensors={"shared.weight": (32, 16)})

@@ -1,6 +1,6 @@
 """The renames of transformers' conversion tables, read from the classes of the installed release.
 
-Run as a script, it prints `vera_convert/base/conversions.txt`.
+Run as a script, this module prints `vera_convert/base/conversions.txt`.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ _PUBLISHED: Mapping[str, tuple[tuple[str, str], ...]] = {
     ),
     "qianfan_ocr": (("language_model.model.encoder.layers.", "language_model.model.layers."),),
 }
-"""Parts of names that transformers writes, and the published files have otherwise. The step that
-renames one tower is inverted in the other tower too; both names are loaded."""
+"""Parts of names that differ between transformers and the published files. The step that
+renames one tower is also inverted in the other tower; transformers loads both names."""
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 

@@ -127,11 +127,11 @@ def everywhere(outcome: Outcome, **differing: Outcome) -> dict[str, Outcome]:
 
 # --- cases from the catalog of defects -----------------------------------------------------------
 
-MENDED = "migrate brings it to the current form"
+MENDED = "migrate repairs the adapter"
 NO_VALUES = "info reads no values"
-NO_PATTERNS = "info and migrate to asis size nothing, so they evaluate no pattern"
-STRIP_PROVES = "only who drops A and B needs them to be a draw"
-DRAWN_AGAIN = "info draws nothing, so it misses a wrong hash"
+NO_PATTERNS = "info and migrate to asis need no sizes, so these commands evaluate no pattern"
+STRIP_PROVES = "only a command that drops A and B requires that A and B are a draw"
+DRAWN_AGAIN = "info does not regenerate A and B, so info does not find a wrong hash"
 READS_VALUES = "the adapter works; validate and to-lora look at the values of the vectors"
 VALIDATE_ALONE = "the adapter works; validate warns of a risk"
 
@@ -171,7 +171,7 @@ CASES += [
 FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
     "V007-a_side_file_links_to_nowhere": (VALIDATE_ALONE, {"validate": warn("V007")}),
     "V008-weights_that_peft_does_not_read_lie_beside_it": (
-        "who makes something else of the adapter does not know these weights",
+        "a merge and a LoRA do not include these weights",
         {"validate": warn("V008"), "merge": warn("V573"), "to-lora": warn("V573")},
     ),
     "V018-states_of_training_lie_beside_it": (VALIDATE_ALONE, {"validate": warn("V018")}),
@@ -190,11 +190,11 @@ FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
     ),
     "V134-layers_lie_at_the_top": (VALIDATE_ALONE, {"validate": warn("V134")}),
     "V224-a_name_is_there_twice": (
-        "two names become one where they are mended; elsewhere one of them is wrong",
+        "migrate would give two tensors the same name; for other commands one name is wrong",
         everywhere(reject("V216"), migrate=reject("V224")),
     ),
     "V229-a_target_is_not_stored": (
-        "on a base the same shows as V411",
+        "with a base, the finding is V411",
         {"validate": warn("V229")} | dict.fromkeys(("strip", "merge", "to-lora"), warn("V411")),
     ),
     **{
@@ -202,7 +202,7 @@ FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
         for name in ("a_lambda_is_no_number", "a_lambda_is_infinite")
     },
     "V303-no_layer_was_trained": (
-        "the merge sees that nothing changed, and a LoRA is of zeros",
+        "the merge reports that nothing changed; a LoRA would hold only zeros",
         dict.fromkeys(("validate", "merge", "to-lora"), warn("V303")),
     ),
     "V305-values_are_huge": (
@@ -210,7 +210,7 @@ FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
         {"validate": warn("V305"), "to-lora": warn("V305")},
     ),
     "V305-values_are_tiny": (
-        "the merge sees what is lost in rounding",
+        "the merge reports the loss by rounding",
         {"validate": warn("V305"), "merge": warn("V537"), "to-lora": warn("V305")},
     ),
     "V306-a_layer_was_not_trained": (
@@ -223,7 +223,7 @@ FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
     ),
     **{
         f"V401-a_bit_of_vera_{name}_is_flipped": (
-            "strip says that it is no draw, and info what each PEFT makes of it",
+            "strip says that the pair is no draw; info says which pair each PEFT would use",
             everywhere(reject("V420"), strip=reject("V401"), info=warn("V414")),
         )
         for name in "ab"
@@ -248,7 +248,7 @@ FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
         for name in ("fingerprint_has_another_hash", "fingerprint_has_another_dtype")
     },
     "V408-fingerprint_is_of_another_base": (
-        "only who draws what was dropped holds it against the base",
+        "only commands that regenerate A and B compare the fingerprint with the base",
         everywhere(reject("V409"), info=ACCEPT)
         | dict.fromkeys(("embed", "merge", "to-lora"), reject("V408")),
     ),
@@ -470,7 +470,7 @@ def _shut(name: str) -> Spoiler:
         (folder / name).chmod(0)
         with suppress(PermissionError):
             (folder / name).read_bytes()
-            pytest.skip("root reads what nobody may")
+            pytest.skip("root can read every file")
 
     return spoil
 
@@ -478,7 +478,7 @@ def _shut(name: str) -> Spoiler:
 hostile(
     everywhere(SURROUNDINGS, validate=reject("V006")),
     {"config_may_not_be_read": _shut(CONFIG), "weights_may_not_be_read": _shut(WEIGHTS)},
-    "to validate it is a fault of the folder that is handed on",
+    "for validate the unreadable file is a defect of the folder",
     posix=True,
 )
 
@@ -511,7 +511,7 @@ hostile(
         "a_tokenizer_links_out_of_the_folder": linked("tokenizer.json", "../../tokenizer.json"),
         "a_link_has_a_name_that_acts": linked("\x1b]0;owned\x07\u202e", "\x1b[2J"),
     },
-    "no conversion carries it along, which validate tells",
+    "no conversion copies the file; validate says so",
     posix=True,
 )
 
@@ -553,7 +553,7 @@ hostile(
 hostile(
     everywhere(SURROUNDINGS, info=ACCEPT),
     {"side_folders_lie_absurdly_deep": beside("x/" * 101 + "x")},
-    "info does not list the folder; all others give up, as they would on a disk that fails",
+    "info does not list the folder; other commands stop, as on a failing disk",
 )
 hostile(
     WARNED["V013"], {"a_pickle_has_a_name_that_acts": beside("adapter_model.\x1b[2J\u202e.bin")}
@@ -717,12 +717,12 @@ hostile(
         "metadata_is_of_another_framework": metadata({"format": "\0", "__proto__": "{}"}),
         "metadata_is_large": metadata({"format": "pt", "x": "y" * 5_000_000}),
     },
-    "two readers see the same file, and metadata is copied and never acted on",
+    "two readers see the same file; metadata is copied and never used",
 )
 hostile(
     only(HARMLESS, "validate", "strip"),
     {"metadata_has_thousands_of_entries": metadata({f"k{n}": "v" for n in range(30_000)})},
-    "metadata is carried as it is",
+    "metadata is copied unchanged",
 )
 hostile(
     REFUSED["V220"],
@@ -851,7 +851,7 @@ hostile(
         "targets_are_none": fields({"target_modules": []}),
         "targets_are_an_empty_pattern": fields({"target_modules": ""}),
     },
-    "PEFT would refuse to load it; what is converted are the layers of the file",
+    "PEFT would refuse the adapter; commands convert the layers of the file",
 )
 hostile(
     HARMLESS,
@@ -869,7 +869,7 @@ hostile(
         "revision_is_a_path": fields({"revision": "../../../etc/passwd"}),
         "revision_acts_on_a_terminal": fields({"revision": "main\n\x1b[2J\u202e"}),
     },
-    "git allows no such revision, so it is never asked for",
+    "git does not allow this revision, so the revision is never requested",
 )
 hostile(
     warned_by_validate("V229"),
@@ -883,7 +883,7 @@ hostile(
         ),
         "a_target_looks_like_a_pattern": fields({"target_modules": ["q_proj", "v_proj", "(a+)+$"]}),
     },
-    "a base has no such layers either",
+    "the base does not have these layers either",
 )
 hostile(
     warned_by_validate("V120"),
@@ -900,7 +900,7 @@ hostile(
         "base_is_an_option": fields({"base_model_name_or_path": "--force"}),
         "base_is_a_command": fields({"base_model_name_or_path": "$(touch owned)"}),
     },
-    "a base that the config names is a stranger's text and no path to follow",
+    "a base that the config names is untrusted text, and never used as a path",
 )
 hostile(
     REFUSED["V222"],
@@ -926,7 +926,7 @@ hostile(
             ),
         )
     },
-    "each is held against each, which must not take the product of the two",
+    "every name is compared with every layer, which must not take quadratic time",
 )
 MANY = of_rank_one(5_000)
 ELSEWHERE = [f"x{number}.q_proj" for number in range(9_999)]
@@ -957,7 +957,7 @@ hostile(
             header_of(MANY),
         ),
     },
-    "all values are zero, a file without data; each is held against each in linear time",
+    "a file without data, so all values are zero; names are compared in linear time",
 )
 hostile(
     only(REFUSED["V304"], "validate"),
@@ -966,7 +966,7 @@ hostile(
             fields({"r": 1}), header_of(of_rank_one(50_000))
         )
     },
-    "a lawful header of the largest size; all its values are zero",
+    "a valid header of the largest size; all values are zero",
 )
 
 TERABYTE = 1 << 40
@@ -1001,7 +1001,7 @@ hostile(
             ),
         ),
     },
-    "the file is sparse: it takes no room, and would be read for an hour",
+    "the file is sparse: the disk is not full, but a read would take an hour",
     posix=True,
 )
 hostile(
@@ -1018,7 +1018,7 @@ hostile(
             ),
         )
     },
-    "a file without data; validate would read all of its zeros",
+    "a file without data; validate would read all zeros",
     posix=True,
 )
 hostile(
@@ -1080,7 +1080,7 @@ hostile(
             {"target_modules": "(?i)[" + "".join(map(chr, range(0x100, 0x2000))) + "]*.*"}
         ),
     },
-    "it is quick, and matches every layer of the base, of which A and B would be larger",
+    "the pattern is fast and matches every layer of the base, so A and B would be larger",
 )
 
 # --- fingerprints --------------------------------------------------------------------------------
@@ -1144,13 +1144,13 @@ hostile(
             out_features=(1 << 32) - 1, drawn_out_features=(1 << 32) - 1
         ),
     },
-    "nothing is drawn before it is held against the base",
+    "the fingerprint is compared with the base before any draw",
 )
 hostile(
     everywhere(warn("V419"), info=ACCEPT, strip=ACCEPT, migrate=ACCEPT)
     | dict.fromkeys(("embed", "merge", "to-lora"), reject("V413")),
     {"fingerprint_was_cut_from_a_disk_full": fingerprint(drawn_in_features=(1 << 32) - 1)},
-    "who draws what was dropped sees how large it was before it takes memory",
+    "a command that regenerates A and B checks the sizes before taking memory",
 )
 hostile(
     everywhere(reject("V409"), info=ACCEPT),
@@ -1165,7 +1165,7 @@ hostile(
             bare, fields({"peft_version": None, "inference_mode": False})
         )
     },
-    "who has to draw them, or to judge them, says that nothing is proven",
+    "commands that regenerate or check A and B say that nothing proves the draw",
 )
 
 # --- values --------------------------------------------------------------------------------------
@@ -1444,14 +1444,14 @@ hostile(
 hostile(
     everywhere(ACCEPT, merge=reject("V002")),
     {"a_file_of_the_base_links_to_the_passwords": linked("notes.txt", "/etc/passwd")},
-    "only a merge copies what lies beside the weights",
+    "only a merge copies the other files of the base",
     on="base",
     posix=True,
 )
 hostile(
     everywhere(ACCEPT, merge=SURROUNDINGS),
     {"a_file_of_the_base_claims_more_than_any_disk": lambda base: sparse(base / "a.txt", 1 << 42)},
-    "only a merge copies what lies beside the weights",
+    "only a merge copies the other files of the base",
     on="base",
     posix=True,
 )
@@ -1474,7 +1474,7 @@ hostile(
         "a_file_of_the_base_has_a_name_that_acts": beside("\x1b]0;owned\x07\u202e\n.txt"),
         "code_lies_in_the_base": beside("modeling_evil.py", b"raise SystemExit('owned')\n"),
     },
-    "a config is data: nothing of it is run, and odd fields decide nothing",
+    "a config is data: no part of a config is run, and unknown fields decide nothing",
     on="base",
 )
 hostile(
@@ -1630,7 +1630,7 @@ hostile(
         ),
         "index_has_fields_that_act": indexed(lambda document: document.update({EVERYTHING: 1})),
     },
-    "nobody uses the fields of an index beside the map",
+    "no command uses the other fields of an index",
     on="shards",
 )
 
@@ -1657,7 +1657,7 @@ hostile(
             folder, added_tokens={"\x1b[2J": 10**60}
         ),
     },
-    "only who has a base can count its rows",
+    "only commands with a base can count the rows",
 )
 hostile(
     HARMLESS,
@@ -1672,5 +1672,5 @@ hostile(
 hostile(
     everywhere(ACCEPT, merge=reject("V025"), to_lora=reject("V025")),
     {"a_tokenizer_nests_for_ever": beside("tokenizer.json", b"[" * 100_000)},
-    "only who has a base reads it",
+    "only commands with a base read the tokenizer",
 )

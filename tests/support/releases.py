@@ -19,7 +19,7 @@ def has(library: str, release: str) -> bool:
 
 
 def needs(library: str, release: str, why: str) -> pytest.MarkDecorator:
-    """Skip a test if a library is older than a release; `why` tells what the test needs."""
+    """Skip a test if a library is older than a release; `why` names the needed feature."""
     return pytest.mark.skipif(
         not has(library, release), reason=f"needs {library} {release} or later: {why}"
     )

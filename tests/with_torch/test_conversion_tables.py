@@ -26,9 +26,9 @@ NOT_BUILT = {
         ),
         "a class whose type is built under another class",
     ),
-    **dict.fromkeys(("dots1", "sarvam_mla"), "it renames experts in stacks alone"),
-    "legacy": "it renames parameters of norms alone",
-    "timm_wrapper": "it needs a library, and puts a prefix before all names",
+    **dict.fromkeys(("dots1", "sarvam_mla"), "the table renames only experts in stacks"),
+    "legacy": "the table renames only parameters of norms",
+    "timm_wrapper": "the class needs a library, and the table adds a prefix to all names",
 }
 """Tables for which no model is built here, with the reasons."""
 NOT_FOUND = {
