@@ -169,5 +169,5 @@ def test_index_and_shards_are_compared_both_ways() -> None:
         ("V508", '"absent", which the index puts into 1.'),
         ("V509", '"moved", which the index puts into 1, and which lies in 2.'),
         ("V510", '"extra", which lies in 2.'),
-        ("V511", '"twice", which the index puts into 2, and which lies in 1 and 2.'),
+        ("V511", '"twice", which the index puts into 2, and which lies in 1, 2.'),
     ]
