@@ -165,7 +165,7 @@ def test_an_error_of_an_added_adapter_names_the_adapter(tmp_path: Path, run: Run
     folder, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
     call = "merge", folder, tmp_path / "out", "--base", base, "--add"
     lora = good_adapter(tmp_path / "lora", peft_type="LORA")
-    assert f"error: V101 {lora}: adapter_config.json: " in run(*call, lora).err
+    assert f"error: V101 {lora}/adapter_config.json: " in run(*call, lora).err
     theirs = {name: each for name, each in good_tensors().items() if "q_proj" in name}
     renamed: dict[str, Any] = dict.fromkeys(theirs)
     renamed |= {name.replace("q_proj", "qq_proj"): each for name, each in theirs.items()}
@@ -184,9 +184,9 @@ def test_an_added_adapter_of_any_name_is_named(
     """The name can equal the beginning of a place, such as `adapter_config.json`."""
     monkeypatch.chdir(tmp_path)
     folder, base = good_adapter(tmp_path / "first"), filled_base(tmp_path / "base")
-    good_adapter(tmp_path / name, peft_type="LORA")
+    good_adapter(tmp_path / name, stripped=True, save_projection=True)
     ended = run("merge", folder, tmp_path / "out", "--base", base, "--add", name)
-    assert f"error: V101 {name}: adapter_config.json: " in ended.err
+    assert f"error: V211 {name}: adapter_model.safetensors: " in ended.err
 
 
 @pytest.mark.parametrize(
@@ -439,3 +439,76 @@ def test_a_config_of_an_unknown_model_has_the_name_that_the_user_gave(
     assert run("count", "--config", file, "--rank", 4).err.startswith(f"error: {code} {file}: ")
     ended = run("count", "--base", base, "--rank", 4)
     assert ended.err.startswith(f"error: {code} {base}/config.json: ")
+
+
+CONFIG_TEXT = b'{"peft_type": "VERA", "r": 4}'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "V030 {}: is a Git LFS pointer. Run",
+        ),
+        (b"<!DOCTYPE html>", "V032 {}: is a web page. Download"),
+        (b"PK\x03\x04\x00", "V032 {}: is a zip archive. Download"),
+        (
+            b"// mine\n" + CONFIG_TEXT,
+            "V022 {}: line 1, column 1: a comment, which JSON",
+        ),
+        (CONFIG_TEXT[:-1] + b', # r\n"x": 1}', "V022 {}: line 1, column 31: a comment, which JSON"),
+        (CONFIG_TEXT[:-1], "V022 {}: line 1, column 29: Expecting ',' delimiter. Restore"),
+    ],
+)
+def test_what_lies_in_place_of_a_config_is_named(
+    text: bytes, said: str, tmp_path: Path, run: Run
+) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    (folder / "adapter_config.json").write_bytes(text)
+    ended = run("info", folder)
+    assert ended.status == 1
+    assert said.format(f"{folder}/adapter_config.json") in ended.err
+
+
+def test_the_config_of_a_lora_has_its_folder_in_the_message(tmp_path: Path, run: Run) -> None:
+    folder = good_adapter(tmp_path / "adapter", peft_type="LORA")
+    assert f"V101 {folder}/adapter_config.json: this is a LoRA" in run("info", folder).err
+
+
+@pytest.mark.parametrize("command", ["info", "merge"])
+def test_an_archive_is_to_be_unpacked(command: str, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "adapter.zip").write_bytes(b"PK")
+    ended = run(command, tmp_path / "adapter.zip", *([tmp_path / "out"] * (command == "merge")))
+    assert ended.status == 2
+    assert ended.err.endswith(
+        "adapter.zip is an archive. Unpack the archive, and pass the folder.\n"
+    )
+
+
+def test_a_model_and_an_adapter_in_each_other_s_place_are_told(tmp_path: Path, run: Run) -> None:
+    adapter, base = good_adapter(tmp_path / "adapter"), tiny_base(tmp_path / "base")
+    ended = run("merge", base, tmp_path / "out", "--base", adapter)
+    assert ended.status == 1
+    assert ended.err.endswith("An adapter lies at --base: give ADAPTER, then --base MODEL.\n")
+    assert "An adapter" not in run("merge", base, tmp_path / "out", "--base", base).err
+
+
+@pytest.mark.parametrize("call", [["count", "base", "--rank", "4"], ["merge", "a", "out", "base"]])
+def test_a_base_without_its_option_leads_to_the_option(call: list[str], run: Run) -> None:
+    ended = run(*call)
+    assert ended.status == 2
+    assert "(base). A base is given with --base. See `" in ended.err
+
+
+@pytest.mark.parametrize("out", ["hf://org/name", "https://huggingface.co/org/name", "s3://b/x"])
+def test_an_address_is_no_place_for_out(
+    out: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = run("embed", good_adapter(tmp_path / "adapter"), out)
+    assert ended.status == 2
+    assert ended.err.endswith("is an address. Give a path on this machine.\n")
+    assert [each.name for each in tmp_path.iterdir()] == ["adapter"]
+    (tmp_path / "hf:").mkdir()
+    assert run("embed", tmp_path / "adapter", "hf:/name").status == 0

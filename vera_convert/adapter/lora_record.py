@@ -10,7 +10,7 @@ from pathlib import Path
 from vera_convert import rules
 from vera_convert.adapter.config import LORA, OtherMethodError
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
+from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.header import read_header
 from vera_convert.files.reading import ByteSource, open_local
 from vera_convert.text import printable
@@ -85,10 +85,11 @@ def lora_without_config(folder: Path) -> OtherMethodError | None:
     return OtherMethodError(rules.NOT_VERA.at(place, _reason(record, found)), LORA)
 
 
-def lora_with_config(folder: Path, weights: ByteSource | None) -> OtherMethodError:
+def lora_with_config(folder: Path, weights: ByteSource | None, *, place: str) -> OtherMethodError:
     """Return the error for a LoRA, by its config.
 
     Args:
+        place: how messages call the config.
         folder: the folder; its weights are searched for a record.
         weights: ``adapter_model.safetensors``, which is searched instead.
     """
@@ -96,9 +97,7 @@ def lora_with_config(folder: Path, weights: ByteSource | None) -> OtherMethodErr
         record = record_in(weights) if weights is not None else lora_record(folder)
     except (CheckpointError, SurroundingsError):
         record = None
-    return OtherMethodError(
-        rules.NOT_VERA.in_file(CONFIG_NAME, _reason(record, "this is a LoRA")), LORA
-    )
+    return OtherMethodError(rules.NOT_VERA.in_file(place, _reason(record, "this is a LoRA")), LORA)
 
 
 def _reason(record: Mapping[str, object] | None, found: str) -> str:

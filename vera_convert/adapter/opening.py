@@ -164,7 +164,9 @@ def examine(
     try:
         config_file = _read(read_config, config_source, found)
     except OtherMethodError as error:
-        other = lora_with_config(folder, weights_source) if error.method == LORA else error
+        other, place = error, error.findings[0].place
+        if error.method == LORA:
+            other = lora_with_config(folder, weights_source, place=place)
         return Examined(other.findings, other_method=other)
     found += config_file.findings if config_file is not None else ()
     weights = _read(_weights, weights_source, found)

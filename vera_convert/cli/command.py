@@ -13,11 +13,12 @@ from typing import Any
 
 import click
 
+from vera_convert import rules
 from vera_convert.cli.help import EXIT_STATUSES, Argument, Command
 from vera_convert.cli.options import CommonOptions, parameters
 from vera_convert.cli.output import progress_of_parts
 from vera_convert.cli.values import name_of
-from vera_convert.errors import ConflictError, ParameterError, SurroundingsError
+from vera_convert.errors import CheckpointError, ConflictError, ParameterError, SurroundingsError
 from vera_convert.files.file_names import CONFIG_NAME
 
 NAMED_AGAIN = {"adapter": "", "revision": "--revision", "base": "--base"}
@@ -84,7 +85,7 @@ def _call(function: Callable[..., None], given: Mapping[str, Any], options: Comm
         import logging
 
         logging.getLogger("vera_convert").setLevel(logging.INFO)
-    with _naming_flags(context.command), _naming_order(given), progress_of_parts(options):
+    with _naming_flags(context.command), _naming_order(named), progress_of_parts(options):
         function(*given.values(), options)
 
 
@@ -105,14 +106,23 @@ def _naming_flags(command: click.Command) -> Iterator[None]:
 
 @contextmanager
 def _naming_order(given: Mapping[str, Any]) -> Iterator[None]:
-    """Name the order of the arguments if ADAPTER is missing, and an adapter lies at OUT."""
+    """Name the order of the arguments if an adapter lies at OUT or --base, and not at ADAPTER."""
     try:
         yield
+    except CheckpointError as error:
+        base = given.get("base")
+        if error.findings[0].rule is rules.MODEL_FOLDER and base and _holds_adapter(base):
+            error.args = (f"{error} An adapter lies at --base: give ADAPTER, then --base MODEL.",)
+        raise
     except SurroundingsError as error:
         adapter, out = given.get("adapter"), given.get("out")
-        if adapter and out and not os.path.lexists(adapter) and (out / CONFIG_NAME).is_file():
+        if adapter and out and not os.path.lexists(adapter) and _holds_adapter(out):
             error.args = (f"{error} An adapter lies at OUT: give ADAPTER first, then OUT.",)
         raise
+
+
+def _holds_adapter(folder: str | Path) -> bool:
+    return os.path.isfile(os.path.join(folder, CONFIG_NAME))  # noqa: PTH113, PTH118 -- Path's raise
 
 
 def flags_of(names: Iterable[str]) -> str:

@@ -60,6 +60,8 @@ def explained(error: Exception) -> VeraConvertError:
     if isinstance(error, click.ClickException):
         context = error.ctx if isinstance(error, click.UsageError) else None
         hint = f" See `{context.command_path} --help`." if context else ""
+        if context and "unexpected extra argument" in str(error) and _takes_base(context.command):
+            hint = f" A base is given with --base.{hint}"
         message = " ".join(_message(error).split())
         end = "" if message.endswith((".", "?", "!")) else "."
         return UsageError(printable_whole(message) + end + hint)
@@ -84,6 +86,10 @@ def explained(error: Exception) -> VeraConvertError:
         f"this is a bug in vera-convert; please report it with the output of --debug: "
         f"{type(error).__name__}: {printable(redacted(str(error)))}"
     )
+
+
+def _takes_base(command: click.Command) -> bool:
+    return any("--base" in each.opts for each in command.params)
 
 
 def _message(error: click.ClickException) -> str:

@@ -22,7 +22,7 @@ from vera_convert import rules
 from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import ByteSource
-from vera_convert.files.strict_json import json_kind, parse_json
+from vera_convert.files.strict_json import FOREIGN, json_kind, parse_json
 from vera_convert.rules import Finding, Rule
 from vera_convert.text import printable
 
@@ -183,15 +183,12 @@ def _read_raw(source: ByteSource) -> bytes:
 
 
 _MAGIC: Mapping[bytes, tuple[Rule, str]] = {
-    b"version https://git-lfs": (rules.LFS_POINTER, "a Git LFS pointer"),
+    **FOREIGN,
     b"PK\x03\x04": (rules.PICKLE_RENAMED, "a zip archive, as torch.save writes it"),
     **{b"\x80%c" % protocol: (rules.PICKLE_RENAMED, "a pickle") for protocol in range(2, 6)},
     b"GGUF": (rules.OTHER_FORMAT, "a GGUF file"),
     b"\x89HDF": (rules.OTHER_FORMAT, "an HDF5 file"),
     b"\x93NUMPY": (rules.OTHER_FORMAT, "a NumPy array"),
-    b"\x1f\x8b": (rules.OTHER_FORMAT, "compressed with gzip"),
-    b"\x28\xb5\x2f\xfd": (rules.OTHER_FORMAT, "compressed with zstandard"),
-    b"<": (rules.OTHER_FORMAT, "a web page"),
     b"{": (rules.OTHER_FORMAT, "JSON text"),
 }
 

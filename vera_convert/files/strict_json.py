@@ -6,13 +6,13 @@ import codecs
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from vera_convert import rules
 from vera_convert.errors import CheckpointError, refuse
 from vera_convert.files.reading import ByteSource, too_large
-from vera_convert.rules import Finding
+from vera_convert.rules import Finding, Rule
 from vera_convert.text import printable
 
 _DEEPEST = 64
@@ -27,6 +27,15 @@ _MOST_FINDINGS = 50
 
 # The structure of JSON, with one kind of bracket; all other bytes are deleted.
 _ONE_BRACKET = bytes.maketrans(b"{}", b"[]")
+FOREIGN: Mapping[bytes, tuple[Rule, str]] = {
+    b"version https://git-lfs": (rules.LFS_POINTER, "a Git LFS pointer"),
+    b"\x1f\x8b": (rules.OTHER_FORMAT, "compressed with gzip"),
+    b"\x28\xb5\x2f\xfd": (rules.OTHER_FORMAT, "compressed with zstandard"),
+    b"<": (rules.OTHER_FORMAT, "a web page"),
+}
+"""The first bytes of files that a download leaves in place of another file."""
+_OF_ARCHIVES = {b"PK\x03\x04": (rules.OTHER_FORMAT, "a zip archive")}
+_COMMENT = re.compile(r"//|/\*|#")
 _NO_STRUCTURE = bytes(sorted(set(range(256)) - set(b'"{}[],')))
 _ALL_ONES = bytes.maketrans(b"0123456789", b"1" * 10)
 
@@ -75,6 +84,9 @@ def parse_json(
     Raises:
         CheckpointError: with line and column, if known.
     """
+    for magic, (rule, what) in {**FOREIGN, **_OF_ARCHIVES}.items():
+        if data.startswith(magic):
+            raise CheckpointError(rule.in_file(place, f"is {what}."))
     text = _decoded(data, place)
     _check_structure(data, place)
     hooks = (_PythonsNumbers if pythons_numbers else _Hooks)(place)
@@ -88,7 +100,11 @@ def parse_json(
         )
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise CheckpointError(rules.JSON_SYNTAX.in_file(place, f"{where}: {error.msg}.")) from None
+        found = rules.JSON_SYNTAX.in_file(place, f"{where}: {error.msg}.")
+        if _COMMENT.match(text, error.pos):
+            found = rules.JSON_SYNTAX.in_file(place, f"{where}: a comment, which JSON cannot have.")
+            found = found.with_remedy("Remove the comments.")
+        raise CheckpointError(found) from None
     if re.search(rb"\\u[dD][89a-fA-F]", data):
         _check_surrogates(value, place)
     if duplicates is not None:

@@ -53,6 +53,9 @@ __all__ = (
 )
 
 
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
+
+
 @dataclass(frozen=True, slots=True)
 class NamedBase:
     """The base that an adapter's config names.
@@ -208,7 +211,10 @@ def _existing_folder(text: str, *, files: Collection[str]) -> Path | None:
         if stat.S_ISREG(found.st_mode) and Path(path).name in files:
             return Path(path).parent
         if not stat.S_ISDIR(found.st_mode):
-            raise UsageError(f"{printable(text)} is a file. Pass the folder that holds the file.")
+            shown = printable(text)
+            if text.endswith(_ARCHIVES):
+                raise UsageError(f"{shown} is an archive. Unpack the archive, and pass the folder.")
+            raise UsageError(f"{shown} is a file. Pass the folder that holds the file.")
         return Path(path)
     return None
 

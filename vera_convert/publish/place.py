@@ -11,6 +11,8 @@ from pathlib import Path
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.text import printable
 
+_ADDRESS = re.compile(r"(hf|https?|s3|gs|file):(?=[/\\\\])")
+"""The beginning of an address, in which `Path` makes one slash of two."""
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -20,13 +22,17 @@ def real_place(out: Path) -> Path:
     Folders above `out` may be missing.
 
     Raises:
-        UsageError: `out` has no name of its own, or is no path.
+        UsageError: `out` has no name of its own, or is no path, such as an address on the Hub.
         SurroundingsError: the folder of OUT is no folder.
     """
     if out.name in ("", "..") or "\0" in out.name:
         raise UsageError(f"OUT must end in a name of its own; {printable(str(out))} does not.")
     if "\0" in str(out):
         raise UsageError("OUT cannot be a path: a null character stands in it.")
+    address = _ADDRESS.match(str(out))
+    if address is not None and not os.path.lexists(address[0]):
+        shown = printable(str(out))
+        raise UsageError(f"OUT {shown} is an address. Give a path on this machine.")
     there, missing = nearest_folder(out.parent)
     shown = printable(str(there))
     if ".." in missing:
