@@ -642,6 +642,46 @@ def test_a_pretraining_head_that_the_adapter_s_class_does_not_build_is_not_missi
     assert np.array_equal(found["cls.predictions.bias"], tensors_of(base)["cls.predictions.bias"])
 
 
+@pytest.mark.parametrize(
+    ("also", "severities"),
+    [
+        ({"sop_classifier.classifier.weight": (2, 16)}, ["note"]),  # ALBERT
+        ({"distillation_classifier.weight": (3, 16)}, ["note"]),  # DeiT
+        ({"mtp.classifier.weight": (3, 16)}, []),  # no class loads these layers
+        ({"classifier.bias": (3,)}, ["error"]),
+    ],
+)
+def test_a_module_of_the_same_name_is_missing_only_if_the_adapter_s_class_builds_it(
+    also: dict[str, tuple[int, ...]], severities: list[str], tmp_path: Path
+) -> None:
+    trained = {f"{PREFIX}classifier.weight": np.full((3, 16), 0.3, np.float32)}
+    adapter = good_adapter(tmp_path / "a", tensors=trained, modules_to_save=["classifier"])
+    base = filled_base(tmp_path / "base", tensors={"classifier.weight": (3, 16), **also})
+    found = [each for each in validate(adapter, base=base).findings if each.code == "V222"]
+    assert [each.severity.value for each in found] == severities
+    if "error" in severities:
+        assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V222"
+        return
+    done = merged_with(adapter, base, tmp_path / "out")
+    assert [each.severity.value for each in done.findings if each.code == "V222"] == severities
+    merged = tensors_of(tmp_path / "out")
+    assert np.array_equal(merged["classifier.weight"], next(iter(trained.values())))
+
+
+def test_a_norm_of_a_layer_beyond_the_model_is_not_missing(tmp_path: Path) -> None:
+    """GLM and DeepSeek keep a layer that predicts several tokens after the model's last layer."""
+    norm = "model.layers.{}.input_layernorm.weight"
+    trained = {PREFIX + norm.format(n): np.full(16, 0.3, np.float32) for n in range(2)}
+    saved = ["input_layernorm"]
+    whole = good_adapter(tmp_path / "a", tensors=trained, modules_to_save=saved)
+    cut = good_adapter(tmp_path / "b", tensors=dict([*trained.items()][1:]), modules_to_save=saved)
+    norms = {norm.format(n): (16,) for n in range(3)}
+    base = filled_base(tmp_path / "base", tensors=norms, config={"num_hidden_layers": 2})
+    assert "V222" not in {each.code for each in validate(whole, base=base).findings}
+    merged_with(whole, base, tmp_path / "out")
+    assert refusal(lambda: merged_with(cut, base, tmp_path / "cut")) == "V222"
+
+
 def test_a_pretraining_head_that_is_stored_in_part_is_refused(tmp_path: Path) -> None:
     trained = {f"{PREFIX}cls.seq_relationship.weight": np.full((2, 16), 0.3, np.float32)}
     adapter = good_adapter(tmp_path / "a", tensors=trained, modules_to_save=["cls"])

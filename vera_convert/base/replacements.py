@@ -24,6 +24,7 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import Finding, Severity
+from vera_convert.targets.built import BuiltLayers
 from vera_convert.text import listed, printable
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -274,8 +275,7 @@ def incomplete_modules(
     saved = SavedModules(adapter.config)
     if not saved:
         return
-    in_adapter = (replaced_name(each.name).rpartition(".")[0] for each in adapter.replacements)
-    begun = frozenset().union(*map(saved.of, in_adapter))
+    in_file = _ModulesInFile(adapter, base, saved)
     stored = {*targets, *match.tensors.values()}
     stores_experts = any(map(_EXPERT.search, stored))
     stored_heads = frozenset(map(_pretraining_head, stored))
@@ -283,15 +283,60 @@ def incomplete_modules(
         path, _, parameter = match.strategy.in_memory(name).rpartition(".")
         modules = saved.of(path)
         is_parameter = parameter == "weight" or (
-            len(tensor.info.shape) == 1 if parameter == "bias" else begun.isdisjoint(modules)
+            len(tensor.info.shape) == 1
+            if parameter == "bias"
+            else in_file.names.isdisjoint(modules)
         )
         # Transformers 5 builds one module for all experts, which has the layers of none.
         is_built = stores_experts or _EXPERT.search(name) is None
         is_due = bool(modules) and is_parameter and is_built and parameter not in _OLD_BUFFERS
         head = _pretraining_head(name)
         if is_due and name not in stored and (head is None or head in stored_heads):
-            reason = "the base has it, and PEFT saves the module whole, but the adapter lacks it."
+            yield from in_file.lacking(name, path)
+
+
+class _ModulesInFile:
+    """The modules that an adapter's file stores whole, and the stacks of layers that it trains."""
+
+    def __init__(self, adapter: Adapter, base: BaseModel, saved: SavedModules) -> None:
+        own = [replaced_name(each.name).rpartition(".")[0] for each in adapter.replacements]
+        trained = [*adapter.layers, *own]
+        self._saved = saved
+        self._built = BuiltLayers(base.config, trained)
+        self._paths = {path for each in own for path in saved.around(each)}
+        self.names = frozenset[str]().union(*map(saved.of, own))
+        self._stacks = {*map(_stack_of, trained)}.difference([None])
+
+    def lacking(self, name: str, path: str) -> Iterator[Finding]:
+        """Yield the finding for a tensor of the base that the file lacks, if the class builds it.
+
+        PEFT saves all modules of a name. A file with another module of the name is complete if
+        the adapter's class leaves out the module of `name`, such as the second classifier of a
+        distilled DeiT. Classes differ in heads and towers, not in the layers of a trained stack.
+
+        Args:
+            name: the tensor's name in the base.
+            path: the path of the tensor's module in the adapter.
+        """
+        if self._built.has(path) is False:
+            return
+        is_hole = _stack_of(path) in self._stacks
+        is_hole |= not self._paths.isdisjoint(self._saved.around(path))
+        reason = "the base has it, and PEFT saves the module whole, but the adapter lacks it."
+        if is_hole or self.names.isdisjoint(self._saved.of(path)):
             yield rules.MODULE_TO_SAVE_MISSING.in_tensor(name, reason)
+            return
+        reason = (
+            "the base has it, and the file has other modules of this name alone. This is right if "
+            "the adapter's class has no such module."
+        )
+        yield rules.MODULE_TO_SAVE_MISSING.as_note().in_tensor(name, reason)
+
+
+def _stack_of(path: str) -> str | None:
+    """Return the part of a path before the first number; None for a path without a number."""
+    found = re.match(r"(.*?)\.\d+(?:\.|\Z)", path)
+    return found[1] if found else None
 
 
 def _pretraining_head(name: str) -> str | None:

@@ -41,7 +41,7 @@ from vera_convert.merging.base_files import has_own_head
 from vera_convert.merging.changes import Changes, ReplacedRows, Replacement, ResizedBias
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.options import Tied
-from vera_convert.rules import Finding
+from vera_convert.rules import Finding, errors_of
 from vera_convert.text import printable
 
 
@@ -74,7 +74,7 @@ def collect(inputs: MergeInputs) -> Changes:
     shapes = {name: each.stored.shape for name, each in replacing.items()}
     heads = [name for name, each in replacing.items() if each.is_of_classifier]
     changes.resizes = resizes(shapes, inputs.base.model, heads=heads)
-    refuse((*collector.defects, *changes.resizes.findings))
+    refuse((*collector.defects, *errors_of(changes.findings), *changes.resizes.findings))
     if inputs.base.packed is None:
         refuse_quantized(unpacked(inputs.base.model), (*changes.replaced, *changes.rows))
     changes.resized_biases = {
@@ -219,7 +219,8 @@ class _Collector:
             for first, tensor in parts.items():
                 replacement = Replacement.of(matched, tensor, Part(target, tensor.shape))
                 self._replace_rows(target, first, replacement)
-        self.defects += incomplete_modules(adapter, matched.match, self.base, found.targets)
+        missing = incomplete_modules(adapter, matched.match, self.base, found.targets)
+        self.changes.findings += missing
 
     def _replace_rows(self, target: str, first: int, replacement: Replacement) -> None:
         """Record a tensor that replaces the rows of one layer in a tensor of several layers."""
