@@ -235,7 +235,7 @@ def test_the_embedding_of_a_head_is_found_soon_among_very_many() -> None:
     names = (f"part{number}.embed_tokens.weight" for number in range(6_000))
     base = base_of(names, {})
     with soon():
-        assert not any(shared_embedding(base, 8, 8) for _ in range(6_000))
+        assert not any(shared_embedding(base, "lm_head", 8, 8) for _ in range(6_000))
 
 
 def test_a_tensor_of_absurdly_many_experts_is_no_tensor_of_the_base() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vera_convert.base.model import BaseModel, BaseTensor
-from vera_convert.base.vocabulary import tied_copies
+from vera_convert.base.vocabulary import shared_embedding, tied_copies
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import Location
 
@@ -21,6 +21,19 @@ def test_only_the_weight_of_the_shared_embedding_is_stored_for_each_stack() -> N
         ("decoder.embed_tokens.weight", "shared.weight"),
     }
     assert len([*tied_copies(base)]) == 2
+
+
+@pytest.mark.parametrize("part", ["language_model", "qformer"])
+def test_a_head_shares_the_embedding_of_its_own_part(part: str) -> None:
+    """The Q-Former of InstructBLIP has an embedding, perhaps of the language model's size."""
+    own = "language_model.model.decoder.embed_tokens.weight"
+    other = "qformer.embeddings.word_embeddings.weight"
+    tensors = {
+        name: BaseTensor("m", TensorInfo(name, "F32", (32, 16), 0, 0)) for name in (own, other)
+    }
+    base = BaseModel(Location("base", None), {"model_type": "instructblip"}, {}, tensors)
+    found = shared_embedding(base, f"{part}.lm_head.weight", 32, 16)
+    assert found == (own if part == "language_model" else other)
 
 
 @pytest.mark.parametrize(

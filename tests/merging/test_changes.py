@@ -668,6 +668,34 @@ def test_a_module_of_the_same_name_is_missing_only_if_the_adapter_s_class_builds
     assert np.array_equal(merged["classifier.weight"], next(iter(trained.values())))
 
 
+def test_both_heads_of_a_distilled_model_get_the_new_number_of_labels(tmp_path: Path) -> None:
+    """SwiftFormer's heads are `head` and `dist_head`."""
+    heads = {"head.weight": (4, 16), "head.bias": (4,), "dist_head.weight": (4, 16)}
+    base = filled_base(
+        tmp_path / "base",
+        tensors=heads,
+        config={
+            "architectures": ["SwiftFormerForImageClassification"],
+            "id2label": dict.fromkeys("0123", "x"),
+        },
+    )
+    trained = {
+        PREFIX + name: np.full((5, *each[1:]), 0.3, np.float32) for name, each in heads.items()
+    }
+    adapter = good_adapter(
+        tmp_path / "a",
+        tensors=trained,
+        modules_to_save=["head", "dist_head"],
+        task_type=None,
+        auto_mapping={
+            "base_model_class": "SwiftFormerForImageClassification",
+            "parent_library": "transformers.models.swiftformer.modeling_swiftformer",
+        },
+    )
+    merged_with(adapter, base, tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "config.json").read_bytes())["id2label"]) == 5
+
+
 def test_a_norm_of_a_layer_beyond_the_model_is_not_missing(tmp_path: Path) -> None:
     """GLM and DeepSeek keep a layer that predicts several tokens after the model's last layer."""
     norm = "model.layers.{}.input_layernorm.weight"

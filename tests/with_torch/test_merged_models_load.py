@@ -145,6 +145,25 @@ KINDS = {
         3,
         base_fields={"num_labels": 3},
     ),
+    "images with a teacher": Trained(
+        "DeiTForImageClassification",
+        ("DeiTConfig", SIGHT),
+        None,
+        ("q_proj", "v_proj"),
+        3,
+        "DeiTForImageClassificationWithTeacher",
+        saved=("cls_classifier", "distillation_classifier"),
+    ),
+    "images on a distilled model": Trained(
+        "DeiTForImageClassificationWithTeacher",
+        ("DeiTConfig", SIGHT),
+        None,
+        ("q_proj", "v_proj"),
+        5,
+        "DeiTForImageClassification",
+        saved=("classifier",),
+        base_fields={"num_labels": 3},
+    ),
     "DistilBERT with all that it needs": Trained(
         "DistilBertForMaskedLM",
         ("DistilBertConfig", DISTIL),
@@ -248,7 +267,10 @@ LATER = {
         ),
         "earlier ones refuse a head beside names without the prefix of its class",
     ),
-    "images": "earlier ones name the layers of ViT otherwise",
+    **dict.fromkeys(
+        ("images", "images with a teacher", "images on a distilled model"),
+        "earlier ones name the layers of ViT otherwise",
+    ),
 }
 """Cases that no release before transformers 5.0 can load, with the reasons."""
 

@@ -16,7 +16,7 @@ import peft
 import pytest
 import torch
 from releases import has, of_transformers
-from smallmodels import BART, FSMT, T5, TINY
+from smallmodels import BART, FSMT, LLM, T5, TINY
 from theirwarnings import OF_PEFT
 from trainedmodels import logits, randomized
 
@@ -29,6 +29,14 @@ if not has("transformers", "5.0"):
     pytest.skip("needs transformers 5.0, which ties encoders by a field", allow_module_level=True)
 
 WORDS: Mapping[str, Any] = {**TINY, "vocab_size": 40, "pad_token_id": 1}
+SIGHT: Mapping[str, Any] = {**TINY, "image_size": 16, "patch_size": 8}
+STACK: Mapping[str, Any] = {**LLM, "pad_token_id": 1, "layer_types": ["full_attention"] * 2}
+T5GEMMA2: Mapping[str, Any] = {
+    "encoder": {"text_config": STACK, "vision_config": SIGHT},
+    "decoder": STACK,
+    "image_token_index": 39,
+    "eoi_token_index": 38,
+}
 KINDS: dict[str, tuple[str, Mapping[str, Any], list[str]]] = {
     "BartForConditionalGeneration": ("BartConfig", BART, ["q_proj", "lm_head"]),
     "MarianMTModel": ("MarianConfig", BART, ["q_proj", "lm_head"]),
@@ -46,6 +54,7 @@ KINDS: dict[str, tuple[str, Mapping[str, Any], list[str]]] = {
     "FSMTForConditionalGeneration": ("FSMTConfig", FSMT, ["q_proj", "output_projection"]),
     "BertForMaskedLM": ("BertConfig", WORDS, ["query", "decoder"]),
     "EsmForMaskedLM": ("EsmConfig", {**WORDS, "mask_token_id": 39}, ["query", "decoder"]),
+    "T5Gemma2ForConditionalGeneration": ("T5Gemma2Config", T5GEMMA2, ["q_proj", "out_proj"]),
     "LukeForMaskedLM": (
         "LukeConfig",
         {**WORDS, "entity_vocab_size": 9, "entity_emb_size": 8},
@@ -103,7 +112,16 @@ def test_an_untied_model_gives_peft_s_outputs(kind: str, tmp_path: Path) -> None
     torch.testing.assert_close(logits(untied(kind, tmp_path)), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "T5" in kind or "Switch" in kind])
+@pytest.mark.parametrize("tables", [["encoder.text_model.embed_tokens"], ["embed_tokens"]])
+def test_a_stack_keeps_the_embedding_that_peft_did_not_train(
+    tables: list[str], tmp_path: Path
+) -> None:
+    wanted = trained("T5Gemma2ForConditionalGeneration", tmp_path, modules_to_save=tables)
+    model = untied("T5Gemma2ForConditionalGeneration", tmp_path)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind][2][0] == "q"])
 @pytest.mark.parametrize("changed", CHANGED)
 def test_no_release_scales_the_output_of_an_untied_model(
     kind: str, changed: str, tmp_path: Path

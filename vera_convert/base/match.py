@@ -120,7 +120,8 @@ def embedding_of_head(module: str, match: Match, base: BaseModel) -> str | None:
     if module in match.tied:
         return match.tensors[module]
     if is_output_head(module, base.model_type) and base.tie_word_embeddings:
-        return shared_embedding(base, *base.tensors[match.tensors[module]].info.shape)
+        name = match.tensors[module]
+        return shared_embedding(base, name, *base.tensors[name].info.shape)
     return None
 
 
@@ -175,9 +176,10 @@ class _Matcher:
         if trial.missing != heads or len(heads) != 1 or self.base.tie_word_embeddings is False:
             return trial
         (head,) = heads
-        embedding = shared_embedding(self.base, self._layers[head], widest=self._widest)
+        own = trial.match.strategy.rename(head) or head
+        embedding = shared_embedding(self.base, own, self._layers[head], self._widest)
         if embedding is None and head in self._heads:
-            embedding = shared_embedding(self.base, None, widest=self._heads[head][1])
+            embedding = shared_embedding(self.base, own, None, self._heads[head][1])
         if embedding is None:
             return trial
         linear = self._linear(head, embedding)

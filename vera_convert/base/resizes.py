@@ -93,7 +93,7 @@ def shape_differs(name: str, shape: tuple[int, ...], base: BaseModel, more: str 
 def _own_shape(name: str, shape: tuple[int, ...], base: BaseModel) -> tuple[int, ...]:
     """Return the base's shape of a tensor; for a head that the base lacks, the embedding's."""
     if name not in base.tensors and len(shape) == 2 and _is_of_vocabulary(name, base):
-        name = shared_embedding(base, None, shape[1]) or name
+        name = shared_embedding(base, name, None, shape[1]) or name
     return base.tensors[name].info.shape if name in base.tensors else shape
 
 
@@ -148,10 +148,12 @@ def biases_of_logits(found: Resizes, base: BaseModel) -> Iterator[tuple[str, int
 def _is_of_vocabulary(name: str, base: BaseModel) -> bool:
     """Say whether a tensor has a row for each token: an embedding, or an output head's tensor.
 
-    The files of BERT and of similar models name the bias of the head ``X.decoder`` ``X.bias``.
+    The files of BERT and of similar models name the bias of the head ``X.decoder`` ``X.bias``. If
+    the base has ``X.weight``, the bias belongs to the layer X, such as SwiftFormer's classifier.
     """
     module, _, parameter = name.rpartition(".")
-    heads = [module, f"{module}.decoder"] if parameter == "bias" else [module]
+    is_of_decoder = parameter == "bias" and f"{module}.weight" not in base.tensors
+    heads = [module, f"{module}.decoder"] if is_of_decoder else [module]
     return is_embedding(module) or any(is_output_head(head, base.model_type) for head in heads)
 
 

@@ -19,7 +19,7 @@ from vera_convert.base.replacements import used_replacements
 from vera_convert.base.saved_places import ORIGINAL
 from vera_convert.base.task_classes import class_of_head
 from vera_convert.base.vocabulary import shared_embedding
-from vera_convert.embeddings import is_output_head, output_head_of
+from vera_convert.embeddings import is_embedding, is_output_head, output_head_of
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
 from vera_convert.hub.lookup import HubAccess, open_file
@@ -114,15 +114,20 @@ def lone_embeddings(
         replaced: the adapter's tensors, by the names of the base's tensors.
     """
     saved = SavedModules(adapter.config)
+    heads: dict[tuple[int, ...], str | None] = {}
     for embedding, tensor in replaced.items():
         module = _module(tensor)
         if embedding not in base.tensors or not saved.of(module) or module.endswith(ORIGINAL):
             continue
         shape = base.tensors[embedding].info.shape
-        if len(shape) != 2 or shared_embedding(base, *shape) != embedding:
+        if len(shape) != 2 or not is_embedding(embedding.removesuffix(".weight")):
             continue
-        head = tied_head(shape, adapter, match, base)
-        if head is not None and head not in replaced and not is_saved_twice(tensor, adapter, base):
+        if shape not in heads:
+            heads[shape] = tied_head(shape, adapter, match, base)
+        head = heads[shape]
+        if head is None or shared_embedding(base, head, *shape) != embedding:
+            continue
+        if head not in replaced and not is_saved_twice(tensor, adapter, base):
             yield embedding, head
 
 
@@ -186,7 +191,7 @@ def stored_heads(base: BaseModel) -> Iterator[tuple[str, str]]:
     for name, tensor in base.tensors.items():
         shape = tensor.info.shape
         if len(shape) == 2 and is_head(name, base):
-            embedding = shared_embedding(base, *shape)
+            embedding = shared_embedding(base, name, *shape)
             if embedding is not None and base.tensors[embedding].info.shape == shape:
                 yield name, embedding
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice, takewhile
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
@@ -29,6 +29,7 @@ _DECODERS_WITHOUT_BIAS = frozenset(("bridgetower", "esm", "lxmert"))
 _OF_STACK = re.compile(r"(?:^|[._])(?:en|de)coder\.")
 _FIELDS = ("vocab_size", "decoder_vocab_size")
 """The fields of a config with the size of the vocabulary; Marian has both."""
+_MOST_EMBEDDINGS = 64  # that a head could share; more are ambiguous
 _LONGEST_ID = 20  # digits; a longer number is beyond the rows of any embedding
 
 
@@ -59,28 +60,33 @@ def _embeddings(base: BaseModel) -> Mapping[int, Sequence[tuple[int, str]]]:
     return {rows: sorted(those) for rows, those in found.items()}
 
 
-def shared_embedding(base: BaseModel, rows: int | None, widest: int | None = None) -> str | None:
+def shared_embedding(
+    base: BaseModel, head: str, rows: int | None, widest: int | None = None
+) -> str | None:
     """Return the embedding to share with an output head; None if absent or ambiguous.
 
-    An encoder-decoder can store an embedding for each stack. The head shares the embedding beside
-    the stacks, as in T5, or else the decoder's, as in T5Gemma.
+    Each part of a model can have an embedding, such as the Q-Former and the language model of
+    InstructBLIP; the head shares the embedding of its own part. An encoder-decoder can store an
+    embedding for each stack. The head shares the embedding beside the stacks, as in T5, or else the
+    decoder's, as in T5Gemma.
 
     Args:
         base: the base.
+        head: the name of the head's weight in the base, or the path of the head.
         rows: rows of the head and of the embedding; None for any number.
         widest: the most columns of the embedding; None for any number.
     """
     by_rows = _embeddings(base)
-    beside: list[str] = []
-    of_stacks: list[str] = []
-    for columns, name in chain.from_iterable(
-        by_rows.values() if rows is None else (by_rows.get(rows, ()),)
-    ):
-        if widest is None or columns <= widest:
-            (of_stacks if _OF_STACK.search(name) else beside).append(name)
-        if len(beside) > 1:
-            return None
-    found = beside or [name for name in of_stacks if len(of_stacks) == 1 or "decoder." in name]
+    lists = by_rows.values() if rows is None else (by_rows.get(rows, ()),)
+    wide = (takewhile(lambda each: widest is None or each[0] <= widest, those) for those in lists)
+    names = [name for _, name in islice(chain.from_iterable(wide), _MOST_EMBEDDINGS + 1)]
+    if len(names) > _MOST_EMBEDDINGS:
+        return None
+    near = [_common(name, head) for name in names]
+    found = [name for name, common in zip(names, near, strict=True) if common == max(near)]
+    if len(found) > 1:
+        beside = [name for name in found if _OF_STACK.search(name) is None]
+        found = beside or [name for name in found if "decoder." in name]
     return found[0] if len(found) == 1 else None
 
 
@@ -96,7 +102,7 @@ def resized_head(module: str, outputs: int, base: BaseModel) -> str:
     """
     if not is_output_head(module, base.model_type) or base.tie_word_embeddings is False:
         return ""
-    embedding = shared_embedding(base, None)
+    embedding = shared_embedding(base, module, None)
     rows = 0 if embedding is None else base.tensors[embedding].info.shape[0]
     if embedding is None or rows == outputs:
         return ""
@@ -105,6 +111,12 @@ def resized_head(module: str, outputs: int, base: BaseModel) -> str:
         f"{outputs:,} values: the training resized the vocabulary, and the adapter does not store "
         "the new rows. Pass the resized base as transformers saved it."
     )
+
+
+def _common(first: str, second: str) -> int:
+    """Return how many path elements two names have in common at their beginnings."""
+    pairs = zip(first.split("."), second.split("."), strict=False)
+    return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
 
 
 def tied_copies(base: BaseModel) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.assembly.addends import Term
 from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.base.model import BaseModel
@@ -57,6 +58,12 @@ class Replacement:
     def is_of_classifier(self) -> bool:
         """Whether the tensor belongs to a classifier, not to an embedding or output head."""
         return is_of_classifier(self.owner.adapter.config, self.tensor.name)
+
+    @property
+    def is_of_copy(self) -> bool:
+        """Whether PEFT trained a copy of the module; a tied tensor keeps the base's values."""
+        module = replaced_name(self.tensor.name).rpartition(".")[0]
+        return bool(SavedModules(self.owner.adapter.config).of(module))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -274,7 +274,7 @@ class _Collector:
 
     def _replace_head(self, target: str, replacement: Replacement) -> None:
         """Record a head of the adapter's own in place of a head that is tied to the embedding."""
-        embedding = self._embedding_of(replacement)
+        embedding = self._embedding_of(target, replacement)
         own = self.changes.replaced.get(embedding or "")
         if own is not None and same_tensor(own.tensor, replacement.tensor):
             # The adapter saved one tensor under two names: the training tied head and embedding.
@@ -292,7 +292,7 @@ class _Collector:
             reason = f"the adapter stores an output head{other}; the base ties head and embedding."
             self.defects.append(rules.HEAD_TIED.at(printable(target), reason))
 
-    def _embedding_of(self, head: Replacement) -> str | None:
+    def _embedding_of(self, target: str, head: Replacement) -> str | None:
         """Return the embedding that the base ties to a head; None if there is none.
 
         If the adapter also replaces the embedding, the head may have another number of rows.
@@ -302,7 +302,7 @@ class _Collector:
             if is_embedding(_module(name)) and each.stored.shape == shape:
                 shape = self.base.tensors[name].info.shape
                 break
-        return shared_embedding(self.base, *shape) if len(shape) == 2 else None
+        return shared_embedding(self.base, target, *shape) if len(shape) == 2 else None
 
     def resize_heads(self) -> None:
         """Record the stored weights of resized heads, unless an adapter replaces the embedding."""
@@ -391,7 +391,7 @@ class _Collector:
             if not changes.unties and self.base.tie_word_embeddings is not False:
                 changes.new.pop(copy, None)
         elif own is None and changes.unties and copy not in self.base.tensors:
-            if other is not None:
+            if other is not None and not other.is_of_copy:
                 changes.new[copy] = other
             else:
                 changes.heads[copy] = source

@@ -29,10 +29,11 @@ from vera_convert.text import counted, listed, printable
 
 CONFIG_NAME = "config.json"
 _OUTPUTS = frozenset(
-    ("score", "classifier", "qa_outputs", "out_proj", "linear_out", "logits_proj", "logits")
+    ("score", "classifier", "qa_outputs", "out_proj", "linear_out", "logits_proj", "logits", "head")
 )
-"""Last path elements of the layer in a head that outputs one value for each label."""
-_CLASSIFIERS = ("Classification", "SemanticSegmentation")
+"""Last path elements of the layer in a head that outputs one value for each label; also ends
+of longer names, such as ``distillation_classifier`` of DeiT and ``dist_head`` of SwiftFormer."""
+_CLASSIFIERS = ("Classification", "ClassificationWithTeacher", "SemanticSegmentation")
 _QUESTIONS = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
 _OF_TEXTS = "ForSequenceClassification"
 _DEFAULT_LABELS = 2
@@ -187,9 +188,11 @@ def _last_outputs(shapes: Mapping[str, tuple[int, ...]], base: BaseModel) -> int
         if name.endswith(".weight") and len(shape) >= 2 and not _is_of_body(name, shape, base)
     }
     if len(outputs) > 1:
-        named = (path for path in outputs if path.rpartition(".")[2] in _OUTPUTS)
+        last = tuple(f"_{name}" for name in _OUTPUTS)
+        named = (path for path in outputs if f"_{path.rpartition('.')[2]}".endswith(last))
         outputs = {path: outputs[path] for path in named}
-    return outputs.popitem()[1] if len(outputs) == 1 else None
+    counts = {*outputs.values()}  # a distilled model has two such layers
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _is_of_body(name: str, shape: tuple[int, ...], base: BaseModel) -> bool:
