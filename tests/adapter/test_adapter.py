@@ -216,9 +216,12 @@ def test_a_model_can_lack_some_of_the_modules_to_save(tmp_path: Path) -> None:
     [
         ("norm_out.norm", Severity.WARNING),
         ("act_fn", Severity.WARNING),
+        ("model.layers.0.post_attention_layernorm", Severity.WARNING),
         ("embed_tokens", Severity.ERROR),
         ("lm_head", Severity.ERROR),
         ("score", Severity.ERROR),
+        ("reward_head", Severity.ERROR),
+        ("pooler", Severity.ERROR),
     ],
 )
 def test_the_only_saved_module_may_have_no_parameters(

@@ -721,19 +721,19 @@ def test_a_pretraining_head_that_is_stored_in_part_is_refused(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("lost", "is_due"),
     [
-        ({"model.adapter.scale": (16,)}, True),
-        ({"model.adapter.inner.weight": (4, 16)}, True),
-        ({"model.adapter.inner.inv_freq": (4,)}, False),
-        ({"model.adapter.bias": (1, 1, 8, 8)}, False),
-        ({"model.adapters.weight": (16,)}, False),
+        ({"model.act.scale": (16,)}, True),
+        ({"model.act.inner.weight": (4, 16)}, True),
+        ({"model.act.inner.inv_freq": (4,)}, False),
+        ({"model.act.bias": (1, 1, 8, 8)}, False),
+        ({"model.acts.weight": (16,)}, False),
     ],
     ids=str,
 )
 def test_a_module_without_tensors_in_the_adapter_has_none_in_the_base(
     lost: dict[str, tuple[int, ...]], is_due: bool, tmp_path: Path
 ) -> None:
-    """GPT-2's files store a mask as the bias of `attn`; the mask is no parameter."""
-    adapter = good_adapter(tmp_path / "a", modules_to_save=["adapter"])
+    """A stored mask, as in the files of GPT-2, is no parameter."""
+    adapter = good_adapter(tmp_path / "a", modules_to_save=["act"])
     base = filled_base(tmp_path / "base", tensors=lost)
     found = [each for each in validate(adapter, base=base).findings if each.code == "V222"]
     names = [each.tensor for each in found if each.severity is Severity.ERROR]

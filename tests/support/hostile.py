@@ -150,6 +150,10 @@ BY_HAND: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
             "V225-projections_lie_with_layers_only",
         )
     },
+    "V212-projections_are_denied": (
+        "strip and embed make config and file agree",
+        {"strip": ACCEPT, "embed": ACCEPT},
+    ),
 }
 """The outcomes that differ from a refusal, for defects that show when an adapter is opened."""
 

@@ -39,6 +39,10 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "hc_mult": 2,
         },
     ),
+    "PhimoeForCausalLM": (
+        "PhimoeConfig",
+        {**LLM, "num_local_experts": 3, "num_experts_per_tok": 2},
+    ),
     "LaraMiniForCausalLM": (
         "LaraMiniConfig",
         {
@@ -66,6 +70,11 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any], set[str]]] = {
         "DeepseekV4ForCausalLM",
         {"target_modules": ["q_a_proj"], "modules_to_save": ["experts"]},
         {"V546"},
+    ),
+    "experts of PhiMoE, which the files store under another name": (
+        "PhimoeForCausalLM",
+        {"target_modules": ["q_proj"], "modules_to_save": ["experts"]},
+        set(),
     ),
     "a router whose name ends the name of another layer in the files": (
         "DeepseekV4ForCausalLM",

@@ -27,6 +27,12 @@ _NO_HEAD = re.compile(
 )
 """Paths of saved modules that are no head: norms, poolers, and modules in numbered layers."""
 
+_WITHOUT_PARAMETERS = re.compile(
+    r"(?:^|[._])(?:\w*norm|act|activation|act_fn|dropout|drop|pool|pooling|identity|rotary_emb)\d*$",
+    re.IGNORECASE,
+)
+"""The ends of names of modules that have no parameters in some classes."""
+
 
 def replaced_name(name: str) -> str:
     """Return the name of a replacement in the base: no prefix, no ``base_layer``."""
@@ -135,9 +141,9 @@ def _incomplete_modules(
 ) -> Iterator[Finding]:
     """Yield a finding for each declared module without a tensor in the file.
 
-    The finding is a warning if the model can lack the module, or if the module can have no
-    parameters, as an activation. PEFT requires one of the modules in modules_to_save, and the head
-    of a task only if the head's name is known to PEFT. An embedding always has parameters.
+    The finding is a warning if the model can lack the module, or if the name is that of a module
+    without parameters, such as an activation. PEFT requires one of the modules in modules_to_save,
+    and the head of a task only if the head's name is known to PEFT.
 
     Args:
         saved: the declared names of each stored module, by the module's path.
@@ -149,7 +155,7 @@ def _incomplete_modules(
     reason = "the file stores no tensor of this module."
     for name in sorted(declared - _KNOWN_HEADS - stored):
         rule, doubt = rules.MODULE_TO_SAVE_MISSING, ""
-        if stored or not may_be_resized(name):
+        if stored or _WITHOUT_PARAMETERS.search(name):
             rule = rule.as_warning()
             doubt = " This is right only for a module without parameters, or if no module matches."
         yield rule.at(printable(name), reason + doubt)
