@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import doctest
 import inspect
+import pickle
 import shutil
 from enum import Enum
 from pathlib import Path
@@ -125,6 +127,15 @@ def test_the_repr_of_a_result_is_one_short_line_that_names_its_facts() -> None:
         assert "\n" not in repr(result)
     assert "location='adapter'" in repr(vera_convert.info("adapter"))
     assert "findings=<1>" in repr(vera_convert.validate("broken").adapters[0])
+
+
+@pytest.mark.usefixtures("here")
+def test_results_and_options_can_be_pickled_and_copied() -> None:
+    options = {name: PUBLIC[name]() for name in CLASSES if name.endswith("Options")}
+    assert len(options) >= 4
+    for name, value in {**results(), **options}.items():
+        assert repr(pickle.loads(pickle.dumps(value))) == repr(value), name  # noqa: S301
+        assert repr(copy.deepcopy(value)) == repr(value), name
 
 
 @pytest.mark.usefixtures("here")

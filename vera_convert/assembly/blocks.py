@@ -346,4 +346,8 @@ class Device:
     product: Callable[[], str]
 
 
-CPU = Device("cpu", lambda sizes, all_rows: Workspace(sizes, all_rows=all_rows), product_sha256)
+def _on_cpu(sizes: BufferSizes, all_rows: bool) -> Workspace:  # noqa: FBT001 -- as `Device` calls
+    return Workspace(sizes, all_rows=all_rows)
+
+
+CPU = Device("cpu", _on_cpu, product_sha256)

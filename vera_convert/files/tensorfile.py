@@ -80,6 +80,10 @@ def pickled_weights(folder: Path) -> Finding | None:
 # --- writing -------------------------------------------------------------------------------------
 
 
+def _closed() -> Iterator[bytes]:
+    raise ValueError("the file of this tensor is closed")
+
+
 class TensorData(NamedTuple):
     """A tensor to write: name, dtype, shape, and bytes on demand.
 
@@ -99,6 +103,10 @@ class TensorData(NamedTuple):
     def nbytes(self) -> int:
         """The number of bytes."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
+
+    def __reduce__(self) -> tuple[type[TensorData], tuple[object, ...]]:
+        """Let a result be pickled and copied: name, dtype and shape, without the open file."""
+        return TensorData, (self.name, self.dtype, self.shape, _closed)
 
     def sha256(self) -> str:
         """Return the SHA-256 of the bytes, as hex."""
