@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -31,6 +32,7 @@ from vera_convert import (
     VerifyOptions,
 )
 from vera_convert.arguments import adapter_and_weight, dtype_name, peft_version, size_in_bytes
+from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.lora.engines import EngineName
 from vera_convert.rules import Severity
 
@@ -428,6 +430,26 @@ def test_numbers_of_numpy_are_accepted() -> None:
     assert MergeOptions(check=np.True_).check  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="whole number"):
         MergeOptions(jobs=np.float64(3))  # type: ignore[arg-type]
+
+
+def test_a_path_that_is_too_long_is_no_path_of_a_file(tmp_path: Path) -> None:
+    long, adapter, out = "a" * 5_000, good_adapter(tmp_path / "adapter"), tmp_path / "out"
+    calls: list[Callable[[], object]] = [
+        lambda: vera_convert.info(long),
+        lambda: vera_convert.count(long, rank=4),
+        lambda: vera_convert.validate(f"{long}/{CONFIG_NAME}"),
+        lambda: vera_convert.validate(long, recursive=True),
+        lambda: vera_convert.strip(long, out),
+        lambda: vera_convert.migrate_tree(long, out, to="asis"),
+        lambda: vera_convert.merge(adapter, long, base=adapter),
+        lambda: vera_convert.merge(adapter, out, base=long),
+        lambda: vera_convert.verify(adapter, merged=long),
+        lambda: vera_convert.verify(adapter, lora=long),
+        lambda: vera_convert.verify(adapter, other=long),
+    ]
+    for call in calls:
+        with suppress(vera_convert.VeraConvertError):
+            call()  # raises no other error
 
 
 def test_a_wrong_value_is_shown_in_one_short_line() -> None:

@@ -162,7 +162,7 @@ def _layers(model: object, revision: str | None, access: HubAccess | None) -> Mo
             raise UsageError("revision has no effect on a config: leave revision out.")
         return layers_from_config(config)
     folder = place("model", model)
-    if revision is None and Path(folder).is_file():
+    if revision is None and os.path.isfile(folder):  # noqa: PTH113 -- Path's own can raise
         return layers_of_config_file(Path(folder))
     return layers_of_base(folder, revision=revision, access=access)
 

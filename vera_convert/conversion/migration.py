@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -173,7 +174,7 @@ def migrate_tree(
     plan = _Plan.checked(
         to, base, bases, projections, accept_change=accept_change, peft_version=peft_version
     )
-    if not tree.is_dir():
+    if not os.path.isdir(tree):  # noqa: PTH112 -- Path's own can raise
         raise SurroundingsError(f"there is no folder {printable(str(tree))}.")
     inputs = [tree]
     if plan.base.model is not None:  # a wrong base is reported once, and not for each adapter

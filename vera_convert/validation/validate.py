@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,11 +94,11 @@ def _named(adapters: Sequence[str | Path], *, recursive: bool) -> Iterator[str |
     seen: set[str] = set()
     for adapter in adapters:
         place = str(adapter)
-        if Path(place).is_dir():
+        if os.path.isdir(place):  # noqa: PTH112 -- Path's own can raise
             place = str(Path(place))  # ./a and a/ are a
         elif Path(place).name in (CONFIG_NAME, WEIGHTS_NAME):
             place = str(Path(place).parent)
-            if not Path(place).is_dir():  # never a repo on the Hub
+            if not os.path.isdir(place):  # noqa: PTH112 -- never a repo on the Hub
                 absent = SurroundingsError(f"there is no folder {printable(place)}.")
                 yield Checked(printable(place), place, failure=absent)
                 continue
@@ -113,7 +114,7 @@ def _named(adapters: Sequence[str | Path], *, recursive: bool) -> Iterator[str |
 
 
 def _below(tree: Path, unreadable: dict[str, VeraConvertError]) -> list[str]:
-    if not tree.is_dir():
+    if not os.path.isdir(tree):  # noqa: PTH112 -- Path's own can raise
         raise SurroundingsError(
             f"there is no folder {printable(str(tree))}; --recursive searches folders only."
         )

@@ -10,6 +10,7 @@ Nothing is written. Each difference is a finding of the result.
 from __future__ import annotations
 
 import codecs
+import os
 import time
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -200,10 +201,13 @@ def _with_models(
         return replace(check, run=str(error), failure=SurroundingsError(str(error)))
 
 
+def _holds(folder: str, name: str) -> bool:
+    return os.path.isfile(os.path.join(folder, name))  # noqa: PTH113, PTH118 -- Path's own can raise
+
+
 def _refuse_adapter(merged: str) -> None:
     """Raise `CheckpointError` if a folder that must be a merged model is an adapter."""
-    folder = Path(merged)
-    if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
+    if _holds(merged, CONFIG_NAME) and not _holds(merged, "config.json"):
         reason = "there is adapter_config.json and no model."
         error = CheckpointError(rules.MERGED_IS_ADAPTER.at(printable(merged), reason))
         error.validate_shows_all = False
