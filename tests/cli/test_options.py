@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from commandline import COMMANDS
 
 import vera_convert
 from vera_convert import BaseOptions, LoraOptions, MergeOptions, VerifyOptions
-from vera_convert.cli.options import CommonOptions
+from vera_convert.cli.options import CommonOptions, parameters
 
 TAKERS: dict[str, tuple[Callable[..., Any], ...]] = {
     "info": (vera_convert.info,),
@@ -44,3 +45,14 @@ def test_every_option_is_a_parameter_of_the_library(command: str) -> None:
     for parameter in COMMANDS[command].params:
         name = str(parameter.name)
         assert name in own or OTHER_NAMES.get(name, name) in known or name == "adapters", name
+
+
+@pytest.mark.parametrize("indent", ["", "    "])
+def test_every_option_has_a_help_whether_or_not_python_keeps_the_indents(
+    indent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Since Python 3.13 the compiler removes the indents of docstrings."""
+    for kind in CommonOptions.__mro__[:-1]:
+        text = textwrap.indent(inspect.cleandoc(kind.__doc__ or ""), indent).strip()
+        monkeypatch.setattr(kind, "__doc__", text)
+    assert all(option.help for option in parameters(CommonOptions))

@@ -425,6 +425,12 @@ def test_arguments_in_the_wrong_order_are_reported(command: str, tmp_path: Path,
     assert "first" not in other.err
 
 
+def test_regenerate_has_no_adapter_to_exchange_with_out(tmp_path: Path, run: Run) -> None:
+    ended = run("regenerate", good_adapter(tmp_path / "adapter"), "--for", tmp_path / "absent")
+    assert ended.status == 3
+    assert "ADAPTER first" not in ended.err
+
+
 @pytest.mark.parametrize(
     ("config", "code"),
     [({"model_type": "starcoder9"}, "V560"), ({"model_type": "llama", "hidden_size": 0}, "V561")],

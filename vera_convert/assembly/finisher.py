@@ -91,7 +91,8 @@ class Finisher:
         try:
             for _ in range(_THREADS):
                 self._workers.append(ThreadPoolExecutor(1))
-                self._workers[-1].submit(lambda: None)  # starts the thread
+                with signals_held():  # a signal in between would leave a thread that nobody joins
+                    self._workers[-1].submit(lambda: None)  # starts the thread
         except BaseException as error:
             self.stop(error)
             raise

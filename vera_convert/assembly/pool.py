@@ -100,7 +100,8 @@ class WorkerPool(Generic[Job]):
             self._own.work = prepare()
 
         try:
-            started = [self._threads.submit(start) for _ in range(size)]
+            with signals_held():  # a signal in between would leave a thread that nobody joins
+                started = [self._threads.submit(start) for _ in range(size)]
             wait_for(started)
             for each in started:
                 each.result()
@@ -134,9 +135,12 @@ class WorkerPool(Generic[Job]):
                 with lock:
                     failures[index] = error
 
-        wait_for([self._threads.submit(work) for _ in range(self._size)], tell)
+        done = [self._threads.submit(work) for _ in range(self._size)]
+        wait_for(done, tell)
         if failures:
             raise failures[min(failures)]
+        for each in done:
+            each.result()  # raises an error outside the jobs, such as no memory for `failures`
 
     def close(self) -> None:
         """Wait until each thread has finished the present job, and end the threads."""

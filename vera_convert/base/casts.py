@@ -48,7 +48,7 @@ def casts_on(base: Unpacked, names: Iterable[str]) -> Casts:
             dtypes.add(model_dtype(base.stored.config))
         elif found.cast == "computation":
             dtypes.add(_dtype_of_computation(base.settings))
-        elif not found.cast:
+        elif found.cast is None:
             reason = f"the adapted layers are quantized ({found.label}). {found.undecided}"
             return Casts(None, reason=reason)
     unknown = dtypes - FLOATS

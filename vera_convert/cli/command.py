@@ -85,7 +85,7 @@ def _call(function: Callable[..., None], given: Mapping[str, Any], options: Comm
         import logging
 
         logging.getLogger("vera_convert").setLevel(logging.INFO)
-    with _naming_flags(context.command), _naming_order(named), progress_of_parts(options):
+    with _naming_flags(context.command), _naming_order(given, options), progress_of_parts(options):
         function(*given.values(), options)
 
 
@@ -105,12 +105,12 @@ def _naming_flags(command: click.Command) -> Iterator[None]:
 
 
 @contextmanager
-def _naming_order(given: Mapping[str, Any]) -> Iterator[None]:
+def _naming_order(given: Mapping[str, Any], options: CommonOptions) -> Iterator[None]:
     """Name the order of the arguments if an adapter lies at OUT or --base, and not at ADAPTER."""
     try:
         yield
     except CheckpointError as error:
-        base = given.get("base")
+        base = getattr(options, "base", None)
         if error.findings[0].rule is rules.MODEL_FOLDER and base and _holds_adapter(base):
             error.args = (f"{error} An adapter lies at --base: give ADAPTER, then --base MODEL.",)
         raise

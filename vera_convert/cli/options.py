@@ -133,8 +133,9 @@ def parameters(options: type[Options]) -> list[Option]:
 
 def _texts(kind: type) -> dict[str, str]:
     """Return the help of each option that the docstring of a class describes."""
-    _, _, described = (kind.__doc__ or "").partition("Attributes:\n")
-    found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", described, re.MULTILINE)
+    text = inspect.cleandoc(kind.__doc__ or "")  # since Python 3.13 the compiler removes indents
+    _, _, described = text.partition("Attributes:\n")
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
 
 

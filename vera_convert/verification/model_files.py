@@ -8,12 +8,9 @@ tie       whether head and embedding share a tensor
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import islice
-from pathlib import Path
 
 from vera_convert import rules
 from vera_convert.assembly.input_files import InputFile
@@ -29,16 +26,16 @@ from vera_convert.merging.changes import Changes
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.model_config import ConfigEdits, label_count
 from vera_convert.rules import Finding
+from vera_convert.tables import table
 from vera_convert.text import and_more, listed, printable
 
 _MOST_NAMED = 8
 
 
-@cache
-def loaders(table: str) -> Mapping[str, Sequence[str]]:
+def loaders(section: str) -> Mapping[str, Sequence[str]]:
     """Return facts about the loaders of models, by name: see ``model_files.toml``."""
-    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-    return {name: words.split() for name, words in tomllib.loads(text)[table].items()}
+    facts = table(__file__, "model_files.toml")[section]
+    return {name: words.split() for name, words in facts.items()}
 
 
 # --- files ---------------------------------------------------------------------------------------

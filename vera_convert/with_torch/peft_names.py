@@ -9,13 +9,11 @@ of each layer's status, and publishing on the Hub.
 from __future__ import annotations
 
 import sys
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import Enum
 from functools import lru_cache, wraps
 from itertools import chain
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 from torch import nn
@@ -23,11 +21,10 @@ from torch import nn
 from vera_convert.adapter.config import FIELDS, VeraConfig
 from vera_convert.errors import UsageError
 from vera_convert.merging.options import Tied
+from vera_convert.tables import table
 from vera_convert.text import printable
 
-_TABLES: Mapping[str, Any] = tomllib.loads(
-    Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-)
+_TABLES = table(__file__, "peft_names.toml")
 DECLINED: Mapping[str, str] = _TABLES["declined"]
 """Names of PEFT that a `VeraModel` lacks, with the reason and the alternative."""
 

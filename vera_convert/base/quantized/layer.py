@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -210,7 +210,7 @@ class Format:
         cast: PEFT's cast of A and B on a layer of the format: to the dtype of the ``model``, to the
             dtype of the ``computation`` in the config, or ``none``; empty if the base leaves the
             cast open.
-        undecided: the possible casts and when each happens, if `cast` is empty.
+        undecided: the possible casts and when each happens, if `cast` is None.
         needs_config: whether the tensors have a meaning only with the settings of a config.
         dropped: tensors in and around the layers that a dequantized model leaves out.
         tells_shape: a pattern of the name of the small tensor that tells a weight's shape.
@@ -224,7 +224,7 @@ class Format:
     signs: str
     packed: str = "weight"
     dtypes: tuple[str, ...] = ()
-    cast: str = ""
+    cast: Literal["model", "computation", "none"] | None = None
     undecided: str = ""
     needs_config: bool = False
     dropped: frozenset[str] = frozenset()
