@@ -218,7 +218,8 @@ def test_a_head_that_peft_merged_may_leave_the_scale_in_the_config(
     wanted = trained(kind, tmp_path, keeps_field=keeps_field, **HEAD)
     checked = merged_by_peft(kind, tmp_path)
     assert checked.passed, [str(each) for each in checked.findings]
-    assert {each.code for each in checked.findings} == {"V608", "V632"}
+    by_release = {"V582"} if kind.startswith("UMT5") else set[str]()
+    assert {each.code for each in checked.findings} == {"V608", "V632"} | by_release
     model = of_transformers(kind).from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
 

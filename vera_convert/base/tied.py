@@ -74,7 +74,7 @@ def scales_logits(model: BaseModel) -> bool:
 
 
 def scale_findings(base: BaseModel) -> Iterator[Finding]:
-    """Yield a warning if the releases of transformers scale a base whose head is untied otherwise.
+    """Yield a warning if the releases of transformers scale a model with an untied head otherwise.
 
     Raises:
         UsageError: the base is a UDOP, of which no merged model with an untied head is right.
@@ -88,6 +88,11 @@ def scale_findings(base: BaseModel) -> Iterator[Finding]:
         reason = "transformers 4 multiplies the decoder's output of the base by d_model^-0.5. "
         reason += "transformers 5 does not, nor does the merged model in any release."
         yield rules.SCALE_BY_RELEASE.at(base.location.label, reason)
+    elif base.model_type == "umt5" and scales_logits(base):
+        reason = "transformers 5.0 to 5.23 multiply the decoder's output of a UMT5 by d_model^-0.5 "
+        reason += "also with an untied head, and the merged model's head has this factor already."
+        remedy = "Load the merged model with transformers 4, or with transformers 5.24 or later."
+        yield rules.SCALE_BY_RELEASE.at(base.location.label, reason).with_remedy(remedy)
 
 
 def always_ties_stacks(model: BaseModel) -> bool:
