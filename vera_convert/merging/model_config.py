@@ -31,8 +31,8 @@ CONFIG_NAME = "config.json"
 _OUTPUTS = frozenset(
     ("score", "classifier", "qa_outputs", "out_proj", "linear_out", "logits_proj", "logits", "head")
 )
-"""Last path elements of the layer in a head that outputs one value for each label; also ends
-of longer names, such as ``distillation_classifier`` of DeiT and ``dist_head`` of SwiftFormer."""
+"""Last path elements of the layer in a head that outputs one value for each label. If no layer has
+such a name, the name is the end of a longer one, such as ``distillation_classifier`` of DeiT."""
 _CLASSIFIERS = ("Classification", "ClassificationWithTeacher", "SemanticSegmentation")
 _QUESTIONS = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
 _OF_TEXTS = "ForSequenceClassification"
@@ -188,8 +188,10 @@ def _last_outputs(shapes: Mapping[str, tuple[int, ...]], base: BaseModel) -> int
         if name.endswith(".weight") and len(shape) >= 2 and not _is_of_body(name, shape, base)
     }
     if len(outputs) > 1:
-        last = tuple(f"_{name}" for name in _OUTPUTS)
-        named = (path for path in outputs if f"_{path.rpartition('.')[2]}".endswith(last))
+        last = {path: path.rpartition(".")[2] for path in outputs}
+        named = [path for path in outputs if last[path] in _OUTPUTS]
+        ends = tuple(f"_{name}" for name in _OUTPUTS)
+        named = named or [path for path in outputs if last[path].endswith(ends)]
         outputs = {path: outputs[path] for path in named}
     counts = {*outputs.values()}  # a distilled model has two such layers
     return counts.pop() if len(counts) == 1 else None
