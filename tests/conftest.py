@@ -30,6 +30,11 @@ settings.register_profile("here", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("here")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the test that takes a minute, so that no process waits for this test at the end."""
+    items.sort(key=lambda item: item.path.name != "test_conversion_tables.py")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Keep this process and its children off the Hub, and away from the user's cache and token."""
     home = tempfile.TemporaryDirectory(prefix="vera-convert-tests-")
