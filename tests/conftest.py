@@ -31,7 +31,7 @@ settings.load_profile("here")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the test that takes a minute, so that no process waits for this test at the end."""
+    """Begin with the test that takes a minute; else a process waits for the test at the end."""
     items.sort(key=lambda item: item.path.name != "test_conversion_tables.py")
 
 
