@@ -11,8 +11,8 @@ from vera_convert.adapter.names import PREFIX
 from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import release_names
+from vera_convert.base.templates import BODY
 
-_BODY = "model."
 ORIGINAL = ".original_module"
 """The end of the path of a module that PEFT wraps, which keeps the values before the training."""
 
@@ -70,8 +70,8 @@ class Places:
             named,
             (rename(plain) for rename in self._renames),  # some classes rename the parameter too
             # Loaders add and remove the prefix of the model for each tensor alone.
-            (path.removeprefix(_BODY) for path in named),
-            (f"{_BODY}{path}" for path in named),
+            (path.removeprefix(BODY) for path in named),
+            (f"{BODY}{path}" for path in named),
         )
         tensors = self._base.tensors
         target = next((path for path in there if path in tensors), None) or plain

@@ -45,9 +45,10 @@ def has_tied_head(model: nn.Module) -> bool:
 def settle_parted_head(model: nn.Module) -> None:
     """Make each release of transformers load a saved model with the head that it computes with.
 
-    - The config says that head and embedding are two tensors, or transformers 4 ties the two again.
-    - The head's weight takes over the factor of the decoder's output, which transformers 4 takes
-      from the same field of the config.
+    - The config says that head and embedding are two tensors; else transformers 4 ties the head
+      again.
+    - The head's weight takes over the factor of the decoder's output. transformers 4 reads from the
+      same field of the config whether to multiply by this factor.
     - Each other module gets a weight of its own, because transformers 5 ties the embeddings of
       encoder and decoder by the same field.
 
